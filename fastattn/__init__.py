@@ -1,0 +1,1 @@
+"""Fused, exact attention for PyTorch."""
