@@ -1,0 +1,66 @@
+"""The reference as a backend: any device that PyTorch has, any op; it holds what the formula holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Backend
+from fastattn.reference import attention as attention_formula
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+    device_types = ("cpu", "cuda", "mps", "xpu", "meta")
+
+    def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return attention_formula.attention(call)
+
+    def attention_backward(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        grads = [dout] if dlse is None else [dout, dlse]
+        return gradients(lambda c: attention_formula.attention(c)[: len(grads)], call, DIFFERENTIABLE, needed, grads)
+
+    def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
+        return attention_formula.attention_weights(call)
+
+
+def gradients(
+    formula: Callable[[Any], Sequence[Tensor]],
+    call: NamedTuple,
+    fields: Sequence[str],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor],
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Returns d(formula)/d(field) for each of ``fields`` of ``call`` that is needed, by recomputing the formula.
+
+    Args:
+        formula: maps a call to its outputs.
+        call: the canonical call.
+        fields: names of the tensors in it.
+        needed: for each field, whether its gradient is wanted.
+        grad_outputs: one a output of ``formula``.
+        create_graph: True keeps the graph to the call's own tensors, for derivatives of a higher order.
+    """
+    wanted = [f for f, need in zip(fields, needed, strict=True) if need and getattr(call, f) is not None]
+    with torch.enable_grad():
+        if not create_graph:
+            call = call._replace(**{f: getattr(call, f).detach().requires_grad_() for f in wanted})
+        inputs = [getattr(call, f) for f in wanted]
+        outputs = formula(call)
+        kept = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
+        found = (
+            torch.autograd.grad(
+                [o for o, _ in kept], inputs, [g for _, g in kept], create_graph=create_graph, materialize_grads=True
+            )
+            if kept and inputs
+            else [torch.zeros_like(i) for i in inputs]
+        )
+    by_name = dict(zip(wanted, found, strict=True))
+    return [by_name.get(f) for f in fields]

@@ -1,0 +1,1 @@
+"""One file an op: schema, fake, autograd, autocast and public function."""

@@ -1,0 +1,114 @@
+"""Which backend serves a call."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import backends as _backends
+from fastattn.backends.base import Backend
+from fastattn.errors import FallbackWarning, UnsupportedError
+
+
+class _Requested(threading.local):
+    name = ""
+
+
+# threading.local and not a ContextVar, which torch.compile cannot trace.
+_requested = _Requested()
+
+_warned: set[tuple[str, str]] = set()
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run here, and if not, why and how to get it."""
+
+    available: bool
+    reason: str | None
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Returns the status of every backend, in the order in which the automatic choice asks them."""
+    found = {}
+    for backend in _backends.ALL:
+        why = backend.unavailable()
+        found[backend.name] = BackendStatus(why is None, why)
+    return found
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes every op inside the block use backend ``name`` ("reference", "cpu", ...) unless it is given ``backend=`` itself.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    before = _requested.name
+    _requested.name = check_name(name)
+    try:
+        yield
+    finally:
+        _requested.name = before
+
+
+def resolve(backend: str | None) -> str:
+    """Returns the name of the backend that a call asks for: its own ``backend=``, else :func:`use_backend`'s, else ""."""
+    return _requested.name if backend is None else check_name(backend)
+
+
+def check_name(name: str) -> str:
+    if name not in _backends.BY_NAME:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _backends.BY_NAME))}, got {name!r}")
+    return name
+
+
+def choose(op: str, call: Any) -> Backend:
+    """Returns the backend for ``call``: the one it names, else the first that supports it.
+
+    Raises:
+        UnsupportedError: with each backend's reasons.
+    """
+    if call.backend:
+        backend = _backends.BY_NAME[call.backend]
+        why = backend.refuses(op, call)
+        if why:
+            raise UnsupportedError(op, {backend.name: why})
+        return backend
+    reasons: dict[str, list[str]] = {}
+    for backend in _backends.ALL:
+        why = backend.refuses(op, call)
+        if not why:
+            if backend.name == "reference":
+                warn_reference(op, "; ".join(f"{name}: {', '.join(r)}" for name, r in reasons.items()))
+            return backend
+        reasons[backend.name] = why
+    raise UnsupportedError(op, reasons)
+
+
+def warn_reference(op: str, why: str) -> None:
+    """Warns, once a reason, that a call runs on the reference."""
+    if (op, why) in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add((op, why))
+    warnings.warn(
+        f"fastattn.{op} runs on the reference backend, which is slower and holds the whole score matrix, because: {why}",
+        FallbackWarning,
+        stacklevel=3,
+    )
+
+
+def needs_reference_derivatives(*tensors: Tensor | None) -> bool:
+    """Whether a derivative is asked for that kernels do not have: forward mode, or a ``torch.func`` transform."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)

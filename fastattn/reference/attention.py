@@ -1,0 +1,110 @@
+"""Attention and attention weights, from the formula.
+
+``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys, ``lse[i] = log(exp(sink) + sum_j exp(s[i, j]))``, ``out = dropout(P) @ V``.
+It holds the whole [seq_len_q, seq_len_k] matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import masks
+from fastattn.reference.philox import keep_mask
+from fastattn.spec.attention import AttentionCall, lse_dtype
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(out, lse)`` of a canonical call.
+
+    ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; ``lse`` [batch, num_heads_q, seq_len_q] in float32 (float64 for
+    float64).  Accumulates in lse's dtype and rounds once, at the end.  Empty rows give 0 and -inf.
+    """
+    weights, lse, allowed = _weights(call)
+    value = _visible_rows(call.value, call, allowed)
+    if _all_finite(value):
+        out = weights @ value
+    else:
+        # 0 * NaN is NaN: where only some queries see a non-finite value, the others must not touch it.
+        out = torch.where(allowed[..., None], weights[..., None] * value[:, :, None], 0.0).sum(dim=3)
+    return out.to(call.query.dtype), lse
+
+
+def attention_weights(call: AttentionCall) -> Tensor:
+    """Returns ``dropout(P)``: [batch, num_heads_q, seq_len_q, seq_len_k] in query's dtype; 0 where a key is not visible."""
+    return _weights(call)[0].to(call.query.dtype)
+
+
+def scores(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns the scores before the softmax, -inf where invisible, and the visible set.
+
+    Shapes: scores [batch, num_heads_q, seq_len_q, seq_len_k] in lse's dtype; visible bool, the same shape.
+    """
+    dtype = lse_dtype(call.query.dtype)
+    allowed = masks.visible(call.mask, call.shape, call.query.device).expand(call.shape)
+    query = call.query.to(dtype)
+    key = _visible_rows(call.key, call, allowed)
+    if _all_finite(query) and _all_finite(key):
+        s = query @ key.transpose(-1, -2)
+    else:
+        # As in attention(), but for the gradients: a masked score's gradient of 0 must not meet a NaN.
+        pair = allowed[..., None]
+        s = (torch.where(pair, query[:, :, :, None], 0.0) * torch.where(pair, key[:, :, None], 0.0)).sum(dim=-1)
+    s = s * call.softmax_scale
+    if call.softcap:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    if call.bias is not None:
+        s = s + call.bias.to(dtype)
+    if call.relative_bias is not None:
+        s = s + _relative(call).to(dtype)
+    return torch.where(allowed, s, float("-inf")), allowed
+
+
+def _weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    s, allowed = scores(call)
+    if s.shape[-1]:
+        # The gradient of logsumexp over nothing but -inf is NaN: such a row takes it over zeros and is overwritten.
+        empty = s.isneginf().all(dim=-1)
+        lse = torch.where(empty[..., None], 0.0, s).logsumexp(dim=-1).masked_fill(empty, float("-inf"))
+    else:
+        lse = s.new_full(s.shape[:3], float("-inf"))
+    if call.sinks is not None:
+        lse = _logaddexp(lse, call.sinks.to(s.dtype)[None, :, None])
+    # -inf minus -inf is NaN, so an empty row subtracts 0 instead.
+    shift = torch.where(lse.isneginf(), 0.0, lse)[..., None]
+    weights = torch.where(allowed, (torch.where(allowed, s, shift) - shift).exp(), 0.0)
+    if call.dropout_state is not None:
+        keep = keep_mask(call.dropout_state, call.dropout_p, s.shape[0] * s.shape[1], s.shape[2], s.shape[3])
+        weights = weights * keep.view(s.shape) / (1.0 - call.dropout_p)
+    return weights, lse, allowed
+
+
+def _logaddexp(lse: Tensor, sink: Tensor) -> Tensor:
+    """Returns ``log(exp(lse) + exp(sink))``; where lse is -inf it is the sink, with a gradient of 0 to lse."""
+    absent = lse.isneginf()
+    both = torch.logaddexp(torch.where(absent, 0.0, lse), sink)
+    return torch.where(absent, sink, both)
+
+
+def _visible_rows(tensor: Tensor, call: AttentionCall, allowed: Tensor) -> Tensor:
+    """Returns key or value for each query head, in lse's dtype, with 0 in the rows that no query may see."""
+    rows = tensor.to(lse_dtype(tensor.dtype))
+    if call.group_size > 1:
+        rows = rows.repeat_interleave(call.group_size, dim=1)
+    return torch.where(allowed.any(dim=2)[..., None], rows, 0.0)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # Data-dependent, so only where data can be looked at; elsewhere the plain product stands.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(tensor.isfinite().all())
+
+
+def _relative(call: AttentionCall) -> Tensor:
+    assert call.relative_bias is not None
+    _, _, seq_len_q, seq_len_k = call.shape
+    device = call.query.device
+    i = torch.arange(seq_len_q, device=device)[:, None]
+    j = torch.arange(seq_len_k, device=device)[None, :]
+    return call.relative_bias[:, j - i + seq_len_q - 1][None]
