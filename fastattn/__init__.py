@@ -1,7 +1,7 @@
 """fastattn: fused, exact attention for PyTorch.
 
-Ops take tensors [batch, heads, seq_len, head_dim]; modules of ``fastattn.nn`` are drop-in for ``torch.nn``'s.  ``fastattn.backends()`` says
-what can run here.
+Ops take tensors [batch, heads, seq_len, head_dim]; modules of ``fastattn.nn`` are drop-in for ``torch.nn``'s.
+``fastattn.backends()`` says what can run here.
 """
 
 from fastattn import biases, masks
@@ -9,7 +9,7 @@ from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 
-# ``backends`` the function stands before ``fastattn.backends`` the package, which ``from fastattn.backends import ...`` still finds.
+# ``fastattn.backends`` is the function; ``from fastattn.backends import ...`` still finds the package.
 
 __version__ = "0.1.0"
 

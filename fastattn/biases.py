@@ -1,7 +1,7 @@
 """Biases that depend only on how far a key is from a query; gradients flow to the tensors that they are made of.
 
-A bias is added to the scaled score.  These two hold O(seq_len) numbers: one for each diagonal ``j - i``.  Any other bias is a plain
-tensor that broadcasts to [batch, num_heads_q, seq_len_q, seq_len_k].
+A bias is added to the scaled score.  These two hold O(seq_len) numbers: one for each diagonal ``j - i``.  Any other
+bias is a plain tensor that broadcasts to [batch, num_heads_q, seq_len_q, seq_len_k].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class RelativeBias:
     """Base: a bias that is a function of the head and of ``j - i``."""
 
     def diagonals(self, num_heads_q: int, seq_len_q: int, seq_len_k: int) -> Tensor:
-        """Returns float [num_heads_q or 1, seq_len_q + seq_len_k - 1]; entry ``j - i + seq_len_q - 1`` belongs to query i and key j."""
+        """Returns float [num_heads_q or 1, seq_len_q + seq_len_k - 1]; ``j - i + seq_len_q - 1`` is query i, key j."""
         raise TypeError(f"{type(self).__name__} is not a concrete bias: use Alibi or RelativePosition")
 
 
@@ -38,7 +38,7 @@ class Alibi(RelativeBias):
 
     @classmethod
     def geometric(cls, num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Alibi:
-        """Returns the slopes of the paper: ``2^(-8 h / n)`` for n heads, a power of two; others interleave the next power's."""
+        """Returns the paper's slopes: ``2^(-8 h / n)`` for n heads, a power of two; others interleave the next power's."""
         if num_heads < 1:
             raise ValueError(f"num_heads must be >= 1, got {num_heads}")
         power = 1 << (num_heads.bit_length() - 1)
@@ -54,7 +54,7 @@ class Alibi(RelativeBias):
 
 
 class RelativePosition(RelativeBias):
-    """Learned bias over buckets of the distance: exact for near keys, logarithmic beyond, constant from ``max_distance`` on.
+    """Learned bias over buckets of the distance: exact for near keys, logarithmic beyond, constant at last.
 
     Args:
         table: float [num_buckets, num_heads_q], learnable.

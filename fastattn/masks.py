@@ -1,7 +1,7 @@
 """Masks: who may attend to whom.  True always means "may attend".
 
-Masks are values that compose with ``&``.  :meth:`Mask.canonical` reduces any of them to the few primitive forms that kernels know
-(:class:`CanonicalMask`), and :func:`visible` is the one definition, in Python, of what those forms mean.
+Masks are values that compose with ``&``.  :meth:`Mask.canonical` reduces any of them to the few primitive forms that
+kernels know (:class:`CanonicalMask`), and :func:`visible` is the one definition, in Python, of what those forms mean.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class CanonicalMask(NamedTuple):
     Key ``j`` is visible to query ``i`` of batch entry ``b`` and head ``h`` iff ``diag_lo <= j - i <= diag_hi``,
     ``j < key_lengths[b]``, ``segments_q[b, i] == segments_k[b, j]`` and ``dense[b, h, i, j]``.
 
-    Shapes: ``key_lengths`` int32 [batch]; ``segments_q`` / ``segments_k`` int32 [batch, seq_len]; ``dense`` bool, 4-D, each dimension full or 1.
+    Shapes: ``key_lengths`` int32 [batch]; ``segments_q`` / ``segments_k`` int32 [batch, seq_len]; ``dense`` bool,
+        4-D, each dimension full or 1.
     """
 
     diag_lo: int = OPEN_LO
@@ -91,8 +92,8 @@ class Window(Mask):
     Args:
         left: keys before the diagonal that may be seen; None for all.
         right: keys after the diagonal that may be seen; None for all.
-        align: "bottom_right" puts the diagonal through the last query and the last key (``offset = seq_len_k - seq_len_q``);
-            "top_left" puts it through the first of each (``offset = 0``).
+        align: "bottom_right" puts the diagonal through the last query and the last key
+            (``offset = seq_len_k - seq_len_q``); "top_left" puts it through the first of each (``offset = 0``).
 
     Raises:
         ValueError: ``left`` or ``right`` is negative, or ``align`` is neither of the two.
@@ -122,7 +123,7 @@ class Causal(Window):
     """A query sees no key after its own position.
 
     Args:
-        align: see :class:`Window`.  "bottom_right" suits a query that continues a longer cache; "top_left" is what PyTorch's
+        align: see :class:`Window`.  "bottom_right" suits queries that continue a cache; "top_left" is PyTorch's
             ``is_causal=True`` means.  They agree when the two lengths do.
     """
 
@@ -246,7 +247,8 @@ def broadcastable_4d(name: str, tensor: Tensor, shape: Shape, device: torch.devi
         have not in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
     ):
         raise ValueError(
-            f"{name} must broadcast to [batch, num_heads_q, seq_len_q, seq_len_k] = {list(shape)}, got {list(tensor.shape)}"
+            f"{name} must broadcast to [batch, num_heads_q, seq_len_q, seq_len_k] = {list(shape)}, "
+            f"got {list(tensor.shape)}"
         )
     return tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
 

@@ -10,8 +10,8 @@ import torch
 class Backend:
     """A set of kernels.
 
-    An op ``x`` is served by the method ``x(call)`` (and ``x_backward(call, ...)``), which allocates outputs and launches; the call comes
-    validated from ``fastattn.spec``.  A backend without the method does not have the op.
+    An op ``x`` is served by the method ``x(call)`` (and ``x_backward(call, ...)``), which allocates outputs and
+    launches; the call comes validated from ``fastattn.spec``.  A backend without the method does not have the op.
     """
 
     name: ClassVar[str]

@@ -44,7 +44,7 @@ def backends() -> dict[str, BackendStatus]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every op inside the block use backend ``name`` ("reference", "cpu", ...) unless it is given ``backend=`` itself.
+    """Makes every op inside the block use backend ``name``, unless it is given ``backend=`` itself.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -58,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def resolve(backend: str | None) -> str:
-    """Returns the name of the backend that a call asks for: its own ``backend=``, else :func:`use_backend`'s, else ""."""
+    """Returns the backend that a call asks for: its own ``backend=``, else :func:`use_backend`'s, else ""."""
     return _requested.name if backend is None else check_name(backend)
 
 
@@ -97,7 +97,8 @@ def warn_reference(op: str, why: str) -> None:
         return
     _warned.add((op, why))
     warnings.warn(
-        f"fastattn.{op} runs on the reference backend, which is slower and holds the whole score matrix, because: {why}",
+        f"fastattn.{op} runs on the reference backend, which is slower and holds all that the formula holds, "
+        f"because: {why}",
         FallbackWarning,
         stacklevel=3,
     )

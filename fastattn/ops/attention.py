@@ -42,18 +42,20 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention: every query's average of the values, weighted by the softmax of its scores.
 
-    ``out = dropout(softmax(softcap * tanh(softmax_scale * query @ key^T / softcap) + bias)) @ value`` over the visible keys; without
-    ``softcap`` the score is ``softmax_scale * query @ key^T``.  A query that may see no key gives 0 and an lse of -inf, never NaN, and
-    what is masked never reaches an output or a gradient.  Memory is O(seq_len), forward and backward.
+    ``out = dropout(softmax(softcap * tanh(softmax_scale * query @ key^T / softcap) + bias)) @ value`` over the
+    visible keys; without ``softcap`` the score is ``softmax_scale * query @ key^T``.  A query that may see no key
+    gives 0 and an lse of -inf, never NaN, and what is masked never reaches an output or a gradient.  Memory is
+    O(seq_len), forward and backward.
 
     Args:
-        query: [batch, num_heads_q, seq_len_q, head_dim]; float32, bfloat16, float16 or float64; any strides with a contiguous last dimension.
-        key: [batch, num_heads_kv, seq_len_k, head_dim]; ``num_heads_q`` a multiple of ``num_heads_kv``: query head h uses key head
-            ``h // (num_heads_q // num_heads_kv)``.
+        query: [batch, num_heads_q, seq_len_q, head_dim]; float32, bfloat16, float16 or float64; any strides with a
+            contiguous last dimension.
+        key: [batch, num_heads_kv, seq_len_k, head_dim]; ``num_heads_q`` a multiple of ``num_heads_kv``: query head h
+            uses key head ``h // (num_heads_q // num_heads_kv)``.
         value: [batch, num_heads_kv, seq_len_k, head_dim_v].
         mask: who may attend to whom (``fastattn.masks``; a bool tensor is ``Dense``).  True may attend.
-        bias: added to the scores: float, broadcastable to [batch, num_heads_q, seq_len_q, seq_len_k], or ``Alibi`` or ``RelativePosition``.
-            Gets a gradient where it requires one.
+        bias: added to the scores: float, broadcastable to [batch, num_heads_q, seq_len_q, seq_len_k], or ``Alibi``
+            or ``RelativePosition``. Gets a gradient where it requires one.
         dropout_p: probability of dropping a weight, in [0, 1).  Applied whenever it is above 0.
         softmax_scale: by default ``1 / sqrt(head_dim)``.
         softcap: bounds the scores to (-softcap, softcap) by a tanh; None for no bound.
@@ -63,18 +65,18 @@ def attention(
         backend: "reference" | "cpu"; by default the first that supports the call.
 
     Returns:
-        ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; with ``return_lse`` also ``lse`` [batch, num_heads_q, seq_len_q],
-        natural logarithm, float32 (float64 for float64 inputs), differentiable.
+        ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; with ``return_lse`` also ``lse``
+        [batch, num_heads_q, seq_len_q], natural logarithm, float32 (float64 for float64 inputs), differentiable.
 
     Raises:
         ValueError: shapes, strides or numbers do not fit.
         TypeError: dtypes or devices do not fit.
         UnsupportedError: the backend asked for cannot serve the call.
 
-    Differs from ``torch.nn.functional.scaled_dot_product_attention``: masks are values with a stated alignment, empty rows are 0, and
-    dropout, bias gradients and lse cost no quadratic memory.
+    Differs from ``torch.nn.functional.scaled_dot_product_attention``: masks are values with a stated alignment,
+    empty rows are 0, and dropout, bias gradients and lse cost no quadratic memory.
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dao, "FlashAttention-2", 2023, algorithms 1 and 2.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dao, "FlashAttention-2", 2023.
     """
     call = attention_call(
         query,
@@ -132,8 +134,8 @@ def scaled_dot_product_attention(
         ValueError: shapes do not fit, or ``attn_mask`` is given together with ``is_causal``.
         TypeError: dtypes or devices do not fit.
 
-    Differs from PyTorch's: a fully masked row gives 0 on every path, NaN in masked places stays there, and no input takes a path of
-    quadratic memory.
+    Differs from PyTorch's: a fully masked row gives 0 on every path, NaN in masked places stays there, and no input
+    takes a path of quadratic memory.
     """
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other: pass one of them")
@@ -155,7 +157,7 @@ def scaled_dot_product_attention(
 def _to_4d(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """Broadcasts leading dimensions and folds them into [batch, heads]; returns the leading dimensions of the result too."""
+    """Broadcasts leading dimensions and folds them into [batch, heads]; also returns those of the result."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -241,7 +243,7 @@ def _backward_fake(*args: Any) -> list[Tensor]:
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
-    """Returns uninitialised memory for the gradient of ``tensor``: its shape, dtype and, where it is dense, its strides."""
+    """Returns uninitialised memory for the gradient of ``tensor``, in its shape, dtype and (if dense) strides."""
     return torch.empty_like(tensor)
 
 

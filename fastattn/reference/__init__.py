@@ -1,1 +1,1 @@
-"""The formulas in plain PyTorch: exact in float64, differentiable to any order.  Every other backend is tested against them."""
+"""The formulas in plain PyTorch: exact in float64, differentiable to any order; what every backend is tested against."""

@@ -1,7 +1,7 @@
 """Attention and attention weights, from the formula.
 
-``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys, ``lse[i] = log(exp(sink) + sum_j exp(s[i, j]))``, ``out = dropout(P) @ V``.
-It holds the whole [seq_len_q, seq_len_k] matrix.
+``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys, ``lse[i] = log(exp(sink) + sum_j exp(s[i, j]))``, ``out =
+dropout(P) @ V``. It holds the whole [seq_len_q, seq_len_k] matrix.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastattn.spec.attention import AttentionCall, lse_dtype
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a canonical call.
 
-    ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; ``lse`` [batch, num_heads_q, seq_len_q] in float32 (float64 for
-    float64).  Accumulates in lse's dtype and rounds once, at the end.  Empty rows give 0 and -inf.
+    ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; ``lse`` [batch, num_heads_q, seq_len_q] in
+    float32 (float64 for float64).  Accumulates in lse's dtype and rounds once, at the end.  Empty rows give 0 and -inf.
     """
     weights, lse, allowed = _weights(call)
     value = _visible_rows(call.value, call, allowed)
@@ -31,7 +31,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(call: AttentionCall) -> Tensor:
-    """Returns ``dropout(P)``: [batch, num_heads_q, seq_len_q, seq_len_k] in query's dtype; 0 where a key is not visible."""
+    """Returns ``dropout(P)``: [batch, num_heads_q, seq_len_q, seq_len_k] in query's dtype; 0 where invisible."""
     return _weights(call)[0].to(call.query.dtype)
 
 

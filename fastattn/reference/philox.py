@@ -36,7 +36,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 def keep_mask(state: Tensor, dropout_p: float, planes: int, rows: int, columns: int) -> Tensor:
     """Returns which elements survive: bool [planes, rows, columns].
 
-    Element (plane, i, j) is dropped iff its random number is below ``floor(dropout_p * 2^32)``; ``docs/architecture.md`` gives the counter.
+    Element (plane, i, j) is dropped iff its random number is below ``floor(dropout_p * 2^32)``;
+    ``docs/architecture.md`` gives the counter.
 
     Args:
         state: int64 [2], seed and offset.

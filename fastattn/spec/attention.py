@@ -24,10 +24,11 @@ from fastattn.spec.checks import (
 class AttentionCall(NamedTuple):
     """The arguments of ``fastattn::attention``, in order.  ``docs/architecture.md`` gives the meaning of each.
 
-    Shapes: ``query`` [batch, num_heads_q, seq_len_q, head_dim]; ``key`` [batch, num_heads_kv, seq_len_k, head_dim]; ``value``
-    [batch, num_heads_kv, seq_len_k, head_dim_v]; ``bias`` and ``dense_mask`` 4-D, each dimension full or 1; ``relative_bias``
-    [num_heads_q or 1, seq_len_q + seq_len_k - 1]; ``sinks`` [num_heads_q]; ``key_lengths`` int32 [batch]; ``segments_q`` and
-    ``segments_k`` int32 [batch, seq_len]; ``dropout_state`` int64 [2].  ``softcap`` is 0 for none, ``backend`` "" for the automatic choice.
+    Shapes: ``query`` [batch, num_heads_q, seq_len_q, head_dim]; ``key`` [batch, num_heads_kv, seq_len_k, head_dim];
+    ``value`` [batch, num_heads_kv, seq_len_k, head_dim_v]; ``bias`` and ``dense_mask`` 4-D, each dimension full or 1;
+    ``relative_bias`` [num_heads_q or 1, seq_len_q + seq_len_k - 1]; ``sinks`` [num_heads_q]; ``key_lengths`` int32
+    [batch]; ``segments_q`` and ``segments_k`` int32 [batch, seq_len]; ``dropout_state`` int64 [2].  ``softcap`` is 0
+    for none, ``backend`` "" for the automatic choice.
     """
 
     query: Tensor
@@ -143,8 +144,9 @@ def attention_call(
 def empty_output(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns uninitialised ``(out, lse)`` of a call.
 
-    ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] has query's dtype and follows query's memory order, so that a projection's
-    [batch, seq_len, heads * head_dim] output needs no copy.  ``lse`` [batch, num_heads_q, seq_len_q] is float32, or float64 for float64.
+    ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] has query's dtype and follows query's memory order, so that a
+    projection's [batch, seq_len, heads * head_dim] output needs no copy.  ``lse`` [batch, num_heads_q, seq_len_q] is
+    float32, or float64 for float64.
     """
     query = call.query
     batch, num_heads_q, seq_len_q, _ = query.shape
@@ -173,8 +175,8 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"head_dim must be >= 1, got query {list(query.shape)}")
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(
-            f"key must be [batch={batch}, num_heads_kv, seq_len_k, head_dim={head_dim}] like query {list(query.shape)}, "
-            f"got {list(key.shape)}"
+            f"key must be [batch={batch}, num_heads_kv, seq_len_k, head_dim={head_dim}] like query "
+            f"{list(query.shape)}, got {list(key.shape)}"
         )
     if value.shape[0] != batch or value.shape[1] != num_heads_kv or value.shape[2] != key.shape[2]:
         raise ValueError(

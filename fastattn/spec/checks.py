@@ -43,7 +43,8 @@ def check_last_dim_contiguous(name: str, value: Tensor) -> None:
     """Raises ValueError if the elements of a row are not adjacent in memory."""
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
-            f"{name} must be contiguous in its last dimension (stride 1), got strides {value.stride()}; call .contiguous()"
+            f"{name} must be contiguous in its last dimension (stride 1), got strides {value.stride()}; "
+            "call .contiguous()"
         )
 
 
