@@ -38,7 +38,7 @@ class Alibi(RelativeBias):
 
     @classmethod
     def geometric(cls, num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Alibi:
-        """Returns the paper's slopes: ``2^(-8 h / n)`` for n heads, a power of two; others interleave the next power's."""
+        """Returns the paper's slopes: ``2^(-8 h / n)`` where n is a power of two, else with some of the next power's."""
         if num_heads < 1:
             raise ValueError(f"num_heads must be >= 1, got {num_heads}")
         power = 1 << (num_heads.bit_length() - 1)
@@ -61,7 +61,8 @@ class RelativePosition(RelativeBias):
         bidirectional: half of the buckets are for keys after the query; otherwise those share the bucket of distance 0.
         max_distance: in tokens; from here on all distances share the last bucket.
 
-    Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2020, section 2.1.
+    Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+    2020, section 2.1.
     """
 
     def __init__(self, table: Tensor, bidirectional: bool = True, max_distance: int = 128) -> None:

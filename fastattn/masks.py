@@ -124,7 +124,7 @@ class Causal(Window):
 
     Args:
         align: see :class:`Window`.  "bottom_right" suits queries that continue a cache; "top_left" is PyTorch's
-            ``is_causal=True`` means.  They agree when the two lengths do.
+            ``is_causal=True``.  They agree when the two lengths do.
     """
 
     def __init__(self, align: Align = "bottom_right") -> None:

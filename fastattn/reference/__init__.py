@@ -1,1 +1,1 @@
-"""The formulas in plain PyTorch: exact in float64, differentiable to any order; what every backend is tested against."""
+"""The formulas in plain PyTorch: exact in float64, differentiable to any order; the test of every backend."""
