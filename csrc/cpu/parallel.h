@@ -1,0 +1,49 @@
+// Threads: OpenMP, so that the kernels share torch's pool and obey torch.set_num_threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+// Threads the caller may use: OpenMP's setting, but 1 in a forked child, where the pool's threads no longer exist and
+// waking them would hang.
+int max_threads();
+
+// Reports what went wrong inside a parallel region, out of which no exception may travel.
+[[noreturn]] void throw_out_of_memory();
+
+#if defined(FASTATTN_ISA)
+namespace FASTATTN_ISA {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Runs body(task) for each task in [0, tasks), the next free thread taking the next task; put the longest first.
+// A task must not depend on which thread runs it: that makes results the same at every thread count. `work` is about
+// what all tasks cost, in multiply-adds or bytes: below 1e5 waking the pool costs more than it brings.
+template <typename Body>
+void parallel_for(int64_t tasks, double work, const Body& body) {
+  const int64_t threads = work < 1e5 ? 1 : min(tasks, max_threads());
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  bool failed = false;
+#  pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t task = 0; task < tasks; ++task) {
+    try {
+      body(task);
+    } catch (...) {  // only scratch() throws: std::bad_alloc
+#  pragma omp atomic write
+      failed = true;
+    }
+  }
+  if (failed) throw_out_of_memory();
+}
+
+}  // namespace FASTATTN_ISA
+#endif
+
+}  // namespace fastattn
