@@ -8,6 +8,7 @@ from fastattn import biases, masks
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.varlen_attention import varlen_attention
 
 # ``fastattn.backends`` is the function; ``from fastattn.backends import ...`` still finds the package.
 
@@ -22,4 +23,5 @@ __all__ = [
     "masks",
     "scaled_dot_product_attention",
     "use_backend",
+    "varlen_attention",
 ]

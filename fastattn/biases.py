@@ -38,7 +38,7 @@ class Alibi(RelativeBias):
 
     @classmethod
     def geometric(cls, num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Alibi:
-        """Returns the paper's slopes: ``2^(-8 h / n)`` where n is a power of two, else with some of the next power's."""
+        """Returns the paper's slopes: ``2^(-8 h / n)`` for n a power of two, else with some of the next power's."""
         if num_heads < 1:
             raise ValueError(f"num_heads must be >= 1, got {num_heads}")
         power = 1 << (num_heads.bit_length() - 1)
