@@ -10,21 +10,27 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
-from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
 
 class ReferenceBackend(Backend):
+    # Results are copied to the strides that the fake kernels promise: compiled programs rely on them.
     name = "reference"
     device_types = ("cpu", "cuda", "mps", "xpu", "meta")
 
     def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        return attention_formula.attention(call)
+        out, lse = attention_formula.attention(call)
+        return empty_output(call)[0].copy_(out), lse
 
     def attention_backward(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor | None]:
         grads = [dout] if dlse is None else [dout, dlse]
-        return gradients(lambda c: attention_formula.attention(c)[: len(grads)], call, DIFFERENTIABLE, needed, grads)
+        found = gradients(lambda c: attention_formula.attention(c)[: len(grads)], call, DIFFERENTIABLE, needed, grads)
+        return [
+            None if grad is None else torch.empty_like(getattr(call, field)).copy_(grad)
+            for field, grad in zip(DIFFERENTIABLE, found, strict=True)
+        ]
 
     def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
         return attention_formula.attention_weights(call)
