@@ -1,15 +1,16 @@
-"""What encoder and decoder layers share: the feed-forward and the normalised sum, fused where that changes nothing but the speed."""
+"""What encoder and decoder layers share: the feed-forward and the normalised sum, fused where that changes nothing but
+the speed."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
 def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether calling ``module`` means exactly what its type means, so that a kernel may read its parameters instead.
 
-    False for other types (subclasses, parametrised or quantised modules), for hooks, and for a forward replaced on the instance.
+    False for other types (subclasses, parametrised or quantised modules), for hooks, and for a forward replaced on the
+    instance.
     """
     return (
         type(module) in types

@@ -1,4 +1,5 @@
-"""PyTorch's mask arguments as ``fastattn.masks`` and biases, without writing out a [seq_len_q, seq_len_k] mask that nobody gave.
+"""PyTorch's mask arguments as ``fastattn.masks`` and biases, without writing out a [seq_len_q, seq_len_k] mask that
+nobody gave.
 
 In ``torch.nn`` a True in a mask means *ignore* and a float is *added*; in ``fastattn.masks`` True means *may attend*.
 """
@@ -18,8 +19,9 @@ from fastattn.masks import CanonicalMask, Mask, Shape
 class Padding(Mask):
     """Keys to ignore, from a bool ``key_padding_mask`` [batch, seq_len_k] where True means ignore.
 
-    Its primitive forms are the end of the last real key, so that kernels skip the padding behind it, and a segment id a key, so that
-    holes and padding in front are hidden too.  Both are O(seq_len), and no value is read, so that it compiles and exports.
+    Its primitive forms are the end of the last real key, so that kernels skip the padding behind it, and a segment id a
+    key, so that holes and padding in front are hidden too.  Both are O(seq_len), and no value is read, so that it
+    compiles and exports.
     """
 
     def __init__(self, ignored: Tensor) -> None:
@@ -47,11 +49,12 @@ class Restriction(NamedTuple):
 def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, shape: Shape) -> Restriction:
     """Returns the meaning of ``attn_mask``.
 
-    ``is_causal`` only says whether it is worth looking whether the mask *is* causal: True and None look, False does not.
+    ``is_causal`` only says whether it is worth looking whether the mask *is* causal: True and None look, False does
+    not.
 
     Args:
-        attn_mask: bool (True ignores) or float (added) of shape [seq_len_q, seq_len_k] or [batch * num_heads, seq_len_q, seq_len_k], or a
-            ``fastattn.masks`` mask.
+        attn_mask: bool (True ignores) or float (added) of shape [seq_len_q, seq_len_k] or [batch * num_heads,
+            seq_len_q, seq_len_k], or a ``fastattn.masks`` mask.
         is_causal: the hint of ``torch.nn``.
         shape: of the scores; ``seq_len_k`` counts the keys that ``attn_mask`` covers.
 
@@ -65,8 +68,8 @@ def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, sh
     full = (shape.batch * shape.num_heads_q, shape.seq_len_q, shape.seq_len_k)
     if tuple(attn_mask.shape) not in (full, full[1:]):
         raise ValueError(
-            f"attn_mask must have shape [seq_len_q, seq_len_k] = {list(full[1:])} or [batch * num_heads, seq_len_q, seq_len_k] = {list(full)}, "
-            f"got {list(attn_mask.shape)}"
+            f"attn_mask must have shape [seq_len_q, seq_len_k] = {list(full[1:])} or "
+            f"[batch * num_heads, seq_len_q, seq_len_k] = {list(full)}, got {list(attn_mask.shape)}"
         )
     if is_causal is not False and is_square_causal(attn_mask):
         return Restriction(masks.Causal(), None)
@@ -78,7 +81,8 @@ def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, sh
 
 
 def padding_restriction(key_padding_mask: Tensor | Mask | None, batch: int, seq_len_k: int) -> Restriction:
-    """Returns the meaning of ``key_padding_mask``: bool (True ignores) or float (added) [batch, seq_len_k], or a ``fastattn.masks`` mask.
+    """Returns the meaning of ``key_padding_mask``: bool (True ignores) or float (added) [batch, seq_len_k], or a
+    ``fastattn.masks`` mask.
 
     Raises:
         ValueError: the shape does not fit.
@@ -89,7 +93,8 @@ def padding_restriction(key_padding_mask: Tensor | Mask | None, batch: int, seq_
     _check_dtype("key_padding_mask", key_padding_mask)
     if tuple(key_padding_mask.shape) != (batch, seq_len_k):
         raise ValueError(
-            f"key_padding_mask must have shape [batch, seq_len_k] = {[batch, seq_len_k]}, got {list(key_padding_mask.shape)}"
+            f"key_padding_mask must have shape [batch, seq_len_k] = {[batch, seq_len_k]}, "
+            f"got {list(key_padding_mask.shape)}"
         )
     if key_padding_mask.dtype == torch.bool:
         return Restriction(Padding(key_padding_mask), None)
@@ -126,10 +131,12 @@ def widen(restriction: Restriction, shape: Shape, before: int, after: int, devic
 
 
 def is_square_causal(mask: Tensor) -> bool:
-    """Whether ``mask`` is what ``generate_square_subsequent_mask`` makes; False where looking is impossible or would cost a stall.
+    """Whether ``mask`` is what ``generate_square_subsequent_mask`` makes; False where looking is impossible or would
+    cost a stall.
 
-    Reads the mask only in eager mode and on the CPU: a compiled or exported program must not branch on data, and an accelerator would
-    make the host wait.  A mask that is not recognised is used as it stands, which is as right and only slower.
+    Reads the mask only in eager mode and on the CPU: a compiled or exported program must not branch on data, and an
+    accelerator would make the host wait.  A mask that is not recognised is used as it stands, which is as right and
+    only slower.
     """
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < 2:
         return False

@@ -17,12 +17,13 @@ from fastattn.spec.attention import attention_call
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Attention with learned projections: ``out_proj(concat_h(attention(q_h, k_h, v_h)))``.
 
-    Constructor, ``forward``, state_dict and initialisation are those of ``torch.nn.MultiheadAttention``, of which this is a subclass.
+    Constructor, ``forward``, state_dict and initialisation are those of ``torch.nn.MultiheadAttention``, of which this
+    is a subclass.
 
-    Differs from PyTorch's: a query that may see no key gives ``out_proj.bias`` and weights 0, never NaN; ``is_causal`` is a hint that
-    never changes the answer; ``out_proj`` is called, so that hooks and adapters on it work; masks and dropout cost no
-    [seq_len_q, seq_len_k] memory unless the weights are asked for; the weights come from the same softmax as the output.  Masks may also
-    be ``fastattn.masks``.
+    Differs from PyTorch's: a query that may see no key gives ``out_proj.bias`` and weights 0, never NaN; ``is_causal``
+    is a hint that never changes the answer; ``out_proj`` is called, so that hooks and adapters on it work; masks and
+    dropout cost no [seq_len_q, seq_len_k] memory unless the weights are asked for; the weights come from the same
+    softmax as the output.  Masks may also be ``fastattn.masks``.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
     """
@@ -41,18 +42,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Attends.
 
         Args:
-            query: [seq_len_q, batch, embed_dim], [batch, seq_len_q, embed_dim] with ``batch_first``, or [seq_len_q, embed_dim].
+            query: [seq_len_q, batch, embed_dim], [batch, seq_len_q, embed_dim] with ``batch_first``, or [seq_len_q,
+                embed_dim].
             key: [seq_len_k, batch, kdim], laid out like query.
             value: [seq_len_k, batch, vdim], laid out like query.
-            key_padding_mask: [batch, seq_len_k], or [seq_len_k] unbatched; bool (True ignores the key) or float (added to the scores).
+            key_padding_mask: [batch, seq_len_k], or [seq_len_k] unbatched; bool (True ignores the key) or float (added
+                to the scores).
             need_weights: also returns the weights, which alone costs [seq_len_q, seq_len_k] memory.
-            attn_mask: [seq_len_q, seq_len_k] or [batch * num_heads, seq_len_q, seq_len_k]; bool (True ignores) or float (added).
+            attn_mask: [seq_len_q, seq_len_k] or [batch * num_heads, seq_len_q, seq_len_k]; bool (True ignores) or float
+                (added).
             average_attn_weights: the weights' mean over the heads rather than each head's.
-            is_causal: a hint that ``attn_mask`` is the causal mask.  It is looked at before it is believed, and then costs nothing more.
+            is_causal: a hint that ``attn_mask`` is the causal mask.  It is looked at before it is believed, and then
+                costs nothing more.
 
         Returns:
-            The output, laid out like query, and with ``need_weights`` the weights after dropout: [batch, seq_len_q, seq_len_k] or
-            [batch, num_heads, seq_len_q, seq_len_k], else None.
+            The output, laid out like query, and with ``need_weights`` the weights after dropout: [batch, seq_len_q,
+            seq_len_k] or [batch, num_heads, seq_len_q, seq_len_k], else None.
 
         Raises:
             ValueError: shapes do not fit, or ``is_causal`` is given without a mask.
@@ -61,8 +66,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         _check_inputs(self, query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError(
-                "is_causal=True is a hint about attn_mask and needs one: pass Transformer.generate_square_subsequent_mask(seq_len) "
-                "or fastattn.masks.Causal()"
+                "is_causal=True is a hint about attn_mask and needs one: "
+                "pass Transformer.generate_square_subsequent_mask(seq_len) or fastattn.masks.Causal()"
             )
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value)
@@ -95,7 +100,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             generator=None,
             backend=_dispatch.resolve(None),
         )
-        out, lse = attend(call)
+        out, _ = attend(call)
         weights = None
         if need_weights:
             weights = attention_weights(call)
@@ -109,7 +114,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self.out_proj(out.flatten(-2)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the projections, split into heads: [..., num_heads, head_dim], views of as few products as the inputs allow."""
+        """Returns the projections, split into heads: [..., num_heads, head_dim], views of as few products as the inputs
+        allow."""
         dim = self.embed_dim
         bias = self.in_proj_bias
         if self.in_proj_weight is None:

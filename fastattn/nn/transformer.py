@@ -20,11 +20,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     Constructor, ``forward``, state_dict and initialisation are those of ``torch.nn.TransformerEncoderLayer``.
 
-    Differs from PyTorch's: training and evaluation compute the same formula, so that float masks, GELU('tanh') and modules put in place of
-    ``self_attn`` or ``linear1`` are right in both; rows without a visible key never give NaN.
+    Differs from PyTorch's: training and evaluation compute the same formula, so that float masks, GELU('tanh') and
+    modules put in place of ``self_attn`` or ``linear1`` are right in both; rows without a visible key never give NaN.
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; pre-norm: Xiong et al., "On Layer Normalization in the
-    Transformer Architecture", 2020, figure 1.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1; pre-norm: Xiong et al., "On Layer
+    Normalization in the Transformer Architecture", 2020, figure 1.
     """
 
     @functools.wraps(nn.TransformerEncoderLayer.__init__)
@@ -130,8 +130,8 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     Constructor, ``forward``, state_dict and initialisation are those of ``torch.nn.TransformerEncoder``.
 
-    Differs from PyTorch's: there is no nested path, so ``enable_nested_tensor`` and ``mask_check`` change nothing: padded positions get
-    the same output in training and evaluation (PyTorch writes zeros there in evaluation alone).
+    Differs from PyTorch's: there is no nested path, so ``enable_nested_tensor`` and ``mask_check`` change nothing:
+    padded positions get the same output in training and evaluation (PyTorch writes zeros there in evaluation alone).
     """
 
     def __init__(
