@@ -154,13 +154,14 @@ inline void multiply_panel(int64_t rows, int64_t depth, const C* a, int64_t a_ro
 }
 
 // C = A * B for A[i][k] = a[i * a_row + k * a_column]. `finish(i, n, value)` is called once for each vector of C, with
-// n a multiple of kWidth; the last vector of a row may reach beyond `columns`, with zeros there.
+// n a multiple of kWidth; the last vector of a row may reach beyond `columns`, with zeros there. Panels are
+// `panel_stride` apart: panel_size(depth), or more where only a part of the packed rows is used.
 template <typename C, typename Finish>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, int64_t a_column,
-                     const C* panels, const Finish& finish) {
+                     const C* panels, int64_t panel_stride, const Finish& finish) {
   for (int64_t n = 0; n < columns; n += kPanelWidth<C>) {
     const int64_t vecs = ceil_div(min(kPanelWidth<C>, columns - n), Vec<C>::kWidth);
-    const C* panel = panels + n / kPanelWidth<C> * panel_size<C>(depth);
+    const C* panel = panels + n / kPanelWidth<C> * panel_stride;
 #if defined(FASTATTN_ISA_AVX512)
     if (vecs == 4) multiply_panel<4>(rows, depth, a, a_row, a_column, panel, n, finish);
     if (vecs == 3) multiply_panel<3>(rows, depth, a, a_row, a_column, panel, n, finish);

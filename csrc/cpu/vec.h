@@ -93,6 +93,27 @@ inline C to_compute(T x) {
 #  include "vec_portable.h"
 #endif
 
+// Calls visitor(pointer) with a null pointer of the storage type, so that code outside knows no dtype.
+template <typename Visitor>
+inline void visit(DType dtype, const Visitor& visitor) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visitor(static_cast<const float*>(nullptr));
+    case DType::kBFloat16:
+      return visitor(static_cast<const BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return visitor(static_cast<const Float16*>(nullptr));
+    case DType::kFloat64:
+      return visitor(static_cast<const double*>(nullptr));
+  }
+}
+
+// The row (batch, head, row) of a view, whose dtype the caller knows to be T.
+template <typename T>
+inline T* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+}
+
 // Loads n <= kWidth values of any storage type into any compute type; the lanes beyond are 0.
 template <typename C, typename T>
 inline Vec<C> load_as_n(const T* p, int n) {

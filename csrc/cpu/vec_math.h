@@ -1,4 +1,4 @@
-// exp and exp2 over Vec<T>. Included by vec.h alone.
+// exp, exp2, tanh and erf over Vec<T>. Included by vec.h alone.
 #pragma once
 
 namespace fastattn::FASTATTN_ISA {
@@ -93,6 +93,49 @@ inline Vec<T> exp(Vec<T> x) {
   r = fnma(n, Vec<T>::set1(C::kLn2Low), r);
   const Vec<T> y = fma(r * r, polynomial(r, C::kExp), r) + Vec<T>::set1(T(1));
   return ldexp(y, n);
+}
+
+// tanh(x) = x + x^3 (kTanh[0] + kTanh[1] x^2 + ...) for |x| <= 5/8, relative error 2e-9 and 4e-18.
+template <typename T>
+struct TanhConstants;
+template <>
+struct TanhConstants<float> {
+  static constexpr float kTanh[] = {-0x1.55555539a3fddp-2f, 0x1.1110e919f7ad3p-3f,  -0x1.ba08c4e66a3c8p-5f,
+                                    0x1.64a9766b3a952p-6f,  -0x1.116a168e18e77p-7f, 0x1.2c83c001d2709p-9f};
+};
+template <>
+struct TanhConstants<double> {
+  static constexpr double kTanh[] = {-0x1.5555555555555p-2,  0x1.11111111110a8p-3,   -0x1.ba1ba1ba0f126p-5,
+                                     0x1.664f487e0a749p-6,   -0x1.226e3473dce5cp-7,  0x1.d6d39ae3905e2p-9,
+                                     -0x1.7d9f6f23e8682p-10, 0x1.3526e9ed54da1p-11,  -0x1.f243823c8c981p-13,
+                                     0x1.8445870f6fe41p-14,  -0x1.05bbdae896297p-15, 0x1.b33642a122cddp-18};
+};
+
+// tanh(x) within 2 ulp.
+template <typename T>
+inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> one = Vec<T>::set1(T(1)), two = Vec<T>::set1(T(2));
+  const Vec<T> a = abs(x);
+  const Vec<T> square = x * x;
+  const Vec<T> near_zero = fma(x * square, polynomial(square, TanhConstants<T>::kTanh), x);
+  const Vec<T> far = copysign(one - two / (exp(a + a) + one), x);
+  return select(lt(a, Vec<T>::set1(T(0.625))), near_zero, far);
+}
+
+// erf(x) within 2 ulp: a polynomial near 0, 1 - e^-g(|x|) with a polynomial g = -log(erfc) from 0.9 to 4, where erf
+// rounds to 1.
+inline FloatVec erf(FloatVec x) {
+  constexpr float kNear[] = {0x1.06eba812c6776p-3f,  -0x1.81274369e03dfp-2f, 0x1.ce2e29ce936d4p-4f,
+                             -0x1.b8114722bbf09p-6f, 0x1.54e1f4d0486bcp-8f,  -0x1.ab244590dc9b9p-11f,
+                             0x1.5fc786fee87b3p-14f};
+  constexpr float kFar[] = {-0x1.4e0356ebae8f4p-12f, 0x1.2156d28b1b6edp+0f,  0x1.437e6cb2308c2p-1f,
+                            0x1.c2eac2bceb716p-4f,   -0x1.b0fd8b523cdf5p-6f, 0x1.381f9a319829cp-8f,
+                            -0x1.394e9ab7b164fp-11f, 0x1.834021abb515fp-15f, -0x1.b90e798383a72p-20f};
+  const FloatVec a = abs(x);
+  const FloatVec near_zero = fma(x, polynomial(x * x, kNear), x);
+  const FloatVec g = polynomial(min(FloatVec::set1(4.0f), a), kFar);
+  const FloatVec far = copysign(FloatVec::set1(1.0f) - exp(FloatVec::zero() - g), x);
+  return select(lt(a, FloatVec::set1(0.92f)), near_zero, far);
 }
 
 }  // namespace fastattn::FASTATTN_ISA
