@@ -6,7 +6,9 @@ In ``torch.nn`` a True in a mask means *ignore* and a float is *added*; in ``fas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,42 @@ class Restriction(NamedTuple):
     bias: Tensor | None
 
 
+def restriction(
+    attn_mask: Tensor | Mask | None,
+    key_padding_mask: Tensor | Mask | None,
+    is_causal: bool,
+    shape: Shape,
+    seq_len_new: int,
+    num_appended: int,
+    device: torch.device,
+) -> Restriction:
+    """Returns the meaning of both masks together over all keys: ``[cached, new, appended]``.
+
+    A mask of ``shape.seq_len_k`` columns covers the cached and the new keys, one of ``seq_len_new`` columns the new
+    ones alone; keys that a mask does not cover are visible.
+
+    Args:
+        attn_mask: as in :func:`attn_restriction`.
+        key_padding_mask: as in :func:`padding_restriction`.
+        is_causal: as in :func:`attn_restriction`.
+        shape: of the scores; ``seq_len_k`` counts cached and new keys.
+        seq_len_new: new keys.
+        num_appended: keys of ``add_bias_kv`` and ``add_zero_attn``.
+        device: of the scores.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: neither bool nor float.
+    """
+    covered = shape if isinstance(attn_mask, Mask) else _covered(attn_mask, shape, seq_len_new)
+    attn = attn_restriction(attn_mask, is_causal, covered)
+    attn = _widen(attn, covered, shape.seq_len_k - covered.seq_len_k, num_appended, device)
+    covered = shape if isinstance(key_padding_mask, Mask) else _covered(key_padding_mask, shape, seq_len_new)
+    padding = padding_restriction(key_padding_mask, covered.batch, covered.seq_len_k)
+    padding = _widen(padding, covered, shape.seq_len_k - covered.seq_len_k, num_appended, device)
+    return Restriction(_both(operator.and_, attn.mask, padding.mask), _both(operator.add, attn.bias, padding.bias))
+
+
 def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, shape: Shape) -> Restriction:
     """Returns the meaning of ``attn_mask``.
 
@@ -81,8 +119,7 @@ def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, sh
 
 
 def padding_restriction(key_padding_mask: Tensor | Mask | None, batch: int, seq_len_k: int) -> Restriction:
-    """Returns the meaning of ``key_padding_mask``: bool (True ignores) or float (added) [batch, seq_len_k], or a
-    ``fastattn.masks`` mask.
+    """Returns the meaning of ``key_padding_mask``: bool (True ignores) or float (added) [batch, seq_len_k], or a mask.
 
     Raises:
         ValueError: the shape does not fit.
@@ -101,35 +138,6 @@ def padding_restriction(key_padding_mask: Tensor | Mask | None, batch: int, seq_
     return Restriction(None, key_padding_mask[:, None, None, :])
 
 
-def combine(first: Restriction, second: Restriction) -> Restriction:
-    """Returns what satisfies both: masks are intersected, biases added."""
-    mask = first.mask if second.mask is None else second.mask if first.mask is None else first.mask & second.mask
-    bias = first.bias if second.bias is None else second.bias if first.bias is None else first.bias + second.bias
-    return Restriction(mask, bias)
-
-
-def widen(restriction: Restriction, shape: Shape, before: int, after: int, device: torch.device) -> Restriction:
-    """Returns ``restriction``, made for ``shape``, with more keys that every query may see.
-
-    Args:
-        restriction: of the keys in the middle.
-        shape: of the scores that it was made for.
-        before: keys in front.
-        after: keys at the end.
-        device: of the result.
-    """
-    if before == 0 and after == 0:
-        return restriction
-    mask, bias = restriction
-    if mask is not None:
-        allowed = masks.visible(mask.canonical(shape, device), shape, device)
-        allowed = allowed.expand(*allowed.shape[:3], shape.seq_len_k)
-        mask = masks.Dense(F.pad(allowed, (before, after), value=True))
-    if bias is not None and bias.shape[-1] == shape.seq_len_k:
-        bias = F.pad(bias, (before, after))
-    return Restriction(mask, bias)
-
-
 def is_square_causal(mask: Tensor) -> bool:
     """Whether ``mask`` is what ``generate_square_subsequent_mask`` makes; False where looking is impossible or would
     cost a stall.
@@ -146,6 +154,34 @@ def is_square_causal(mask: Tensor) -> bool:
         return False
     hidden = True if mask.dtype == torch.bool else float("-inf")
     return torch.equal(mask, torch.full_like(mask, hidden).triu_(1))
+
+
+def _covered(mask: Tensor | None, shape: Shape, seq_len_new: int) -> Shape:
+    """Returns the part of the scores that ``mask`` covers: all keys, or only the new ones."""
+    if mask is None or mask.shape[-1] != seq_len_new:
+        return shape
+    return shape._replace(seq_len_k=seq_len_new)
+
+
+def _widen(part: Restriction, shape: Shape, before: int, after: int, device: torch.device) -> Restriction:
+    """Returns ``part``, made for ``shape``, with ``before`` and ``after`` more keys that every query may see."""
+    mask, bias = part
+    # A causal band aligned at the bottom right shows what is before it as it stands.
+    if mask is not None and (after or (before and not _is_bottom_right(mask))):
+        allowed = masks.visible(mask.canonical(shape, device), shape, device)
+        allowed = allowed.expand(*allowed.shape[:3], shape.seq_len_k)
+        mask = masks.Dense(F.pad(allowed, (before, after), value=True))
+    if bias is not None and (before or after):
+        bias = F.pad(bias, (before, after))
+    return Restriction(mask, bias)
+
+
+def _is_bottom_right(mask: Mask) -> bool:
+    return isinstance(mask, masks.Causal) and mask.align == "bottom_right"
+
+
+def _both(op: Callable[[Any, Any], Any], a: Any | None, b: Any | None) -> Any | None:
+    return b if a is None else a if b is None else op(a, b)
 
 
 def _check_dtype(name: str, mask: Tensor) -> None:

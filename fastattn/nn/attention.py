@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.masks import Mask, Shape
-from fastattn.nn._masks import attn_restriction, combine, padding_restriction, widen
+from fastattn.nn._masks import restriction
+from fastattn.nn.kv_cache import KVCache
 from fastattn.ops import _dispatch
 from fastattn.ops.attention import attend
 from fastattn.reference.attention import attention_weights
@@ -38,6 +39,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | Mask | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
@@ -54,6 +57,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             average_attn_weights: the weights' mean over the heads rather than each head's.
             is_causal: a hint that ``attn_mask`` is the causal mask.  It is looked at before it is believed, and then
                 costs nothing more.
+            cache: what earlier calls of this module computed.  Self-attention (``query is key``) adds its keys to it
+                and attends to all of them; a mask may then cover all keys or the new ones alone.  Other attention
+                projects ``key`` and ``value`` on the first call and never looks at them again.
 
         Returns:
             The output, laid out like query, and with ``need_weights`` the weights after dropout: [batch, seq_len_q,
@@ -63,36 +69,32 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ValueError: shapes do not fit, or ``is_causal`` is given without a mask.
             TypeError: dtypes or devices do not fit.
         """
-        _check_inputs(self, query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal=True is a hint about attn_mask and needs one: "
                 "pass Transformer.generate_square_subsequent_mask(seq_len) or fastattn.masks.Causal()"
             )
-        batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
-        if batched:
-            order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
-            q, k, v = (t.permute(order) for t in (q, k, v))
-        else:
-            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-            if isinstance(key_padding_mask, Tensor):
-                key_padding_mask = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
+        if isinstance(key_padding_mask, Tensor) and query.dim() == 2 and key_padding_mask.dim() == 1:
+            key_padding_mask = key_padding_mask[None]
 
-        shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        q, k, v, num_new = self._project(query, key, value, cache)
+        seq_len_k = k.shape[2]
         k, v = self._append(k, v)
-        restriction = combine(
-            attn_restriction(attn_mask, is_causal, shape),
-            padding_restriction(key_padding_mask, shape.batch, shape.seq_len_k),
+        mask, bias = restriction(
+            attn_mask,
+            key_padding_mask,
+            is_causal,
+            Shape(q.shape[0], q.shape[1], q.shape[2], seq_len_k),
+            num_new,
+            k.shape[2] - seq_len_k,
+            q.device,
         )
-        restriction = widen(restriction, shape, 0, k.shape[2] - shape.seq_len_k, q.device)
-
         call = attention_call(
             q,
             k,
             v,
-            mask=restriction.mask,
-            bias=restriction.bias,
+            mask=mask,
+            bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
             softmax_scale=None,
             softcap=None,
@@ -106,43 +108,67 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = attention_weights(call)
             if average_attn_weights:
                 weights = weights.mean(dim=1)
-        if not batched:
+        if query.dim() == 2:
             out = out[0].transpose(0, 1)
             weights = None if weights is None else weights[0]
         else:
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the projections, split into heads: [..., num_heads, head_dim], views of as few products as the inputs
-        allow."""
-        dim = self.embed_dim
-        bias = self.in_proj_bias
-        if self.in_proj_weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            projected = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        elif key is not value:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            weights = self.in_proj_weight.chunk(3)
-            projected = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        elif query is key:
-            projected = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Returns query, all keys and all values [batch, num_heads, seq_len, head_dim], and how many of the keys are
+        new.
+
+        Heads are views of the products, of which there are as few as the inputs allow.
+        """
+        if query is not key and cache is not None:
+            # The encoder's output does not change from step to step, so neither do its keys and values.
+            _check_query(self, query)
+            q = self._heads(self._linear(query, 0, 1))
+            k, v = cache.fixed(self, lambda: self._project_memory(query, key, value))
+            return q, k, v, k.shape[2]
+        _check_inputs(self, query, key, value)
+        if query is key and key is value and self.in_proj_weight is not None:
+            q, k, v = (self._heads(t) for t in self._linear(query, 0, 3).chunk(3, dim=-1))
         else:
-            weight_q, weight_kv = self.in_proj_weight.split((dim, 2 * dim))
-            bias_q, bias_kv = (None, None) if bias is None else bias.split((dim, 2 * dim))
-            projected = (
-                F.linear(query, weight_q, bias_q),
-                *F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1),
-            )
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected)
-        return q, k, v
+            q = self._heads(self._linear(query, 0, 1))
+            k, v = self._project_memory(query, key, value)
+        num_new = k.shape[2]
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        return q, k, v, num_new
+
+    def _project_memory(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        _check_inputs(self, query, key, value)
+        if key is value and self.in_proj_weight is not None:
+            k, v = self._linear(key, 1, 3).chunk(2, dim=-1)
+        else:
+            k, v = self._linear(key, 1, 2), self._linear(value, 2, 3)
+        return self._heads(k), self._heads(v)
+
+    def _linear(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Applies the projections ``first:last`` of (query, key, value) in one product."""
+        part = slice(first * self.embed_dim, last * self.embed_dim)
+        if self.in_proj_weight is None:
+            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
+        else:
+            weight = self.in_proj_weight[part]
+        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias[part])
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """Splits the features into heads: a view [batch, num_heads, seq_len, head_dim]."""
+        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        if heads.dim() == 3:
+            return heads.transpose(0, 1)[None]
+        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values with those of ``add_bias_kv`` and ``add_zero_attn`` at the end."""
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
-                torch.cat((t, _heads(bias, self.num_heads).to(t.dtype).expand(t.shape[0], -1, -1, -1)), dim=2)
+                torch.cat((t, bias.to(t.dtype).view(1, self.num_heads, 1, -1).expand(t.shape[0], -1, -1, -1)), dim=2)
                 for t, bias in ((k, self.bias_k), (v, self.bias_v))
             )
         if self.add_zero_attn:
@@ -150,30 +176,25 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return k, v
 
 
-def _heads(bias: Tensor, num_heads: int) -> Tensor:
-    """Splits [1, 1, embed_dim] into [1, num_heads, 1, head_dim]."""
-    return bias.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def _check_query(module: MultiheadAttention, query: Tensor) -> None:
+    if query.dim() not in (2, 3) or query.shape[-1] != module.embed_dim:
+        raise ValueError(
+            f"query must be 2-D, or 3-D when batched, with embed_dim = {module.embed_dim} features, got {list(query.shape)}"
+        )
 
 
 def _check_inputs(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    dims = query.dim()
-    if dims not in (2, 3):
-        raise ValueError(f"query must be [seq_len, embed_dim] or batched 3-D, got {list(query.shape)}")
-    for name, tensor, features in (
-        ("query", query, module.embed_dim),
-        ("key", key, module.kdim),
-        ("value", value, module.vdim),
-    ):
-        if tensor.dim() != dims:
-            raise ValueError(f"{name} must be {dims}-D like query {list(query.shape)}, got {list(tensor.shape)}")
-        if tensor.shape[-1] != features:
-            raise ValueError(f"{name} must have {features} features, got {list(tensor.shape)}")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"key and value must agree but in features, got {list(key.shape)} and {list(value.shape)}")
-    if dims == 3:
-        at = 0 if module.batch_first else 1
-        if key.shape[at] != query.shape[at]:
-            layout = "[batch, seq_len, features]" if module.batch_first else "[seq_len, batch, features]"
+    _check_query(module, query)
+    for name, tensor, features in (("key", key, module.kdim), ("value", value, module.vdim)):
+        if tensor.dim() != query.dim() or tensor.shape[-1] != features:
             raise ValueError(
-                f"query and key must have the same batch in {layout}, got {list(query.shape)} and {list(key.shape)}"
+                f"{name} must be {query.dim()}-D like query {list(query.shape)} with {features} features, got {list(tensor.shape)}"
             )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"key and value must differ only in features, got {list(key.shape)} and {list(value.shape)}")
+    batch_at = 0 if module.batch_first else 1
+    if query.dim() == 3 and key.shape[batch_at] != query.shape[batch_at]:
+        layout = "[batch, seq_len, features]" if module.batch_first else "[seq_len, batch, features]"
+        raise ValueError(
+            f"query and key must have the same batch in {layout}, got {list(query.shape)} and {list(key.shape)}"
+        )

@@ -13,6 +13,7 @@ from fastattn.masks import Mask, Shape
 from fastattn.nn._blocks import add_norm, feed_forward
 from fastattn.nn._masks import Padding, attn_restriction
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.kv_cache import KVCache
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -91,6 +92,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_key_padding_mask: Tensor | Mask | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Passes ``tgt`` through the layer.
 
@@ -103,6 +106,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             memory_key_padding_mask: the same for the attention over ``memory``.
             tgt_is_causal: a hint that ``tgt_mask`` is the causal mask.
             memory_is_causal: a hint that ``memory_mask`` is the causal mask.
+            cache: what earlier calls computed; ``tgt`` then holds the new positions alone.
 
         Returns:
             Like ``tgt``.
@@ -111,8 +115,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ValueError: shapes do not fit.
             TypeError: dtypes or devices do not fit.
         """
-        self_mask = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-        cross_mask = (memory_mask, memory_key_padding_mask, memory_is_causal)
+        self_mask = (tgt_mask, tgt_key_padding_mask, tgt_is_causal, cache)
+        cross_mask = (memory_mask, memory_key_padding_mask, memory_is_causal, cache)
         if self.norm_first:
             normed, x = add_norm(self.norm2, self._sa_block(self.norm1(tgt), *self_mask), tgt)
             normed, x = add_norm(self.norm3, self._mha_block(normed, memory, *cross_mask), x)
@@ -120,6 +124,27 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         x, _ = add_norm(self.norm1, self._sa_block(tgt, *self_mask), tgt)
         x, _ = add_norm(self.norm2, self._mha_block(x, memory, *cross_mask), x)
         return add_norm(self.norm3, self._ff_block(x), x)[0]
+
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | Mask | None,
+        key_padding_mask: Tensor | Mask | None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache))
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Tensor | Mask | None,
+        key_padding_mask: Tensor | Mask | None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        return self.dropout2(_attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache))
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout3(feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
@@ -189,6 +214,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         memory_key_padding_mask: Tensor | Mask | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Passes ``tgt`` through the layers.
 
@@ -201,6 +228,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             memory_key_padding_mask: the same for the attention over ``memory``.
             tgt_is_causal: a hint that ``tgt_mask`` is the causal mask; None looks.
             memory_is_causal: a hint that ``memory_mask`` is the causal mask.
+            cache: what earlier calls computed; ``tgt`` then holds the new positions alone.
 
         Returns:
             Like ``tgt``.
@@ -215,9 +243,11 @@ class TransformerDecoder(nn.TransformerDecoder):
             "tgt_is_causal": tgt_is_causal,
             "memory_is_causal": memory_is_causal,
         }
+        # A layer of another make gets the keyword only where a cache is used.
+        extra = {} if cache is None else {"cache": cache}
         output = tgt
         for layer in self.layers:
-            output = layer(output, memory, **masks)
+            output = layer(output, memory, **masks, **extra)
         return output if self.norm is None else self.norm(output)
 
 
@@ -271,6 +301,28 @@ class Transformer(nn.Transformer):
         if decoder is None:
             decoder = stack(TransformerDecoderLayer, TransformerDecoder, num_decoder_layers)
         super().__init__(d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first)
+
+
+def _attend(
+    module: nn.Module,
+    x: Tensor,
+    memory: Tensor,
+    attn_mask: Tensor | Mask | None,
+    key_padding_mask: Tensor | Mask | None,
+    is_causal: bool,
+    cache: KVCache | None,
+) -> Tensor:
+    extra = {} if cache is None else {"cache": cache}
+    return module(
+        x,
+        memory,
+        memory,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal,
+        need_weights=False,
+        **extra,
+    )[0]
 
 
 def _use_fastattn(module: nn.MultiheadAttention) -> None:
