@@ -179,7 +179,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 def _check_query(module: MultiheadAttention, query: Tensor) -> None:
     if query.dim() not in (2, 3) or query.shape[-1] != module.embed_dim:
         raise ValueError(
-            f"query must be 2-D, or 3-D when batched, with embed_dim = {module.embed_dim} features, got {list(query.shape)}"
+            f"query must be 2-D, or 3-D when batched, with embed_dim = {module.embed_dim} features, "
+            f"got {list(query.shape)}"
         )
 
 
@@ -188,7 +189,8 @@ def _check_inputs(module: MultiheadAttention, query: Tensor, key: Tensor, value:
     for name, tensor, features in (("key", key, module.kdim), ("value", value, module.vdim)):
         if tensor.dim() != query.dim() or tensor.shape[-1] != features:
             raise ValueError(
-                f"{name} must be {query.dim()}-D like query {list(query.shape)} with {features} features, got {list(tensor.shape)}"
+                f"{name} must be {query.dim()}-D like query {list(query.shape)} with {features} features, "
+                f"got {list(tensor.shape)}"
             )
     if key.shape[:-1] != value.shape[:-1]:
         raise ValueError(f"key and value must differ only in features, got {list(key.shape)} and {list(value.shape)}")

@@ -233,7 +233,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         Returns:
             Like ``tgt``.
         """
-        ours = all(type(layer) is TransformerDecoderLayer for layer in self.layers)
+        # With a cache a mask may cover the new keys alone: the attention module knows which.
+        ours = cache is None and all(type(layer) is TransformerDecoderLayer for layer in self.layers)
         tgt_mask, tgt_is_causal = _prepare_mask(tgt_mask, tgt_is_causal, ours)
         masks = {
             "tgt_mask": tgt_mask,
@@ -301,6 +302,78 @@ class Transformer(nn.Transformer):
         if decoder is None:
             decoder = stack(TransformerDecoderLayer, TransformerDecoder, num_decoder_layers)
         super().__init__(d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | Mask | None = None,
+        tgt_mask: Tensor | Mask | None = None,
+        memory_mask: Tensor | Mask | None = None,
+        src_key_padding_mask: Tensor | Mask | None = None,
+        tgt_key_padding_mask: Tensor | Mask | None = None,
+        memory_key_padding_mask: Tensor | Mask | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Encodes ``src`` and decodes ``tgt`` over it.
+
+        Args:
+            src: [seq_len_k, batch, d_model], [batch, seq_len_k, d_model] with ``batch_first``, or [seq_len_k, d_model].
+            tgt: [seq_len_q, batch, d_model], laid out like ``src``.
+            src_mask: as ``mask`` of :class:`TransformerEncoder`.
+            tgt_mask: as in :class:`TransformerDecoder`, like the others.
+            memory_mask: for the attention of ``tgt`` over the encoder's output.
+            src_key_padding_mask: as in :class:`TransformerEncoder`.
+            tgt_key_padding_mask: as in :class:`TransformerDecoder`.
+            memory_key_padding_mask: usually ``src_key_padding_mask`` again.
+            src_is_causal: a hint that ``src_mask`` is the causal mask; None looks.
+            tgt_is_causal: a hint that ``tgt_mask`` is the causal mask; None looks.
+            memory_is_causal: a hint that ``memory_mask`` is the causal mask.
+            cache: what earlier calls computed; ``tgt`` then holds the new positions alone, and ``src`` is encoded on
+                the first call only.
+
+        Returns:
+            Like ``tgt``.
+
+        Raises:
+            ValueError: shapes do not fit.
+            TypeError: dtypes or devices do not fit.
+        """
+        for name, tensor in (("src", src), ("tgt", tgt)):
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(f"{name} must have d_model = {self.d_model} features, got {list(tensor.shape)}")
+
+        def encode() -> Tensor:
+            return self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+
+        # A decoder of another make gets the keyword only where a cache is used.
+        return self.decoder(
+            tgt,
+            encode() if cache is None else self._encode_once(encode, cache),
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+            **({} if cache is None else {"cache": cache}),
+        )
+
+    def _encode_once(self, encode: Callable[[], Tensor], cache: KVCache) -> Tensor:
+        """Returns the encoder's output, from the cache on all steps but the first."""
+
+        def batch_leading(memory: Tensor) -> Tensor:
+            return memory if self.batch_first or memory.dim() == 2 else memory.transpose(0, 1)
+
+        def project() -> tuple[Tensor, Tensor]:
+            memory = batch_leading(encode())
+            return memory, memory.new_empty(len(memory), 0)
+
+        return batch_leading(cache.fixed(self, project)[0])
 
 
 def _attend(
