@@ -4,7 +4,7 @@ Ops take tensors [batch, heads, seq_len, head_dim]; modules of ``fastattn.nn`` a
 ``fastattn.backends()`` says what can run here.
 """
 
-from fastattn import biases, masks
+from fastattn import biases, masks, nn
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
@@ -21,6 +21,7 @@ __all__ = [
     "backends",
     "biases",
     "masks",
+    "nn",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attention",
