@@ -1,6 +1,8 @@
 """Modules: the same constructor, forward and state_dict keys as ``torch.nn``'s; each loads the other's checkpoints."""
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.positional import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -10,7 +12,11 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
+    "KVCache",
+    "LearnedPositionalEncoding",
     "MultiheadAttention",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
