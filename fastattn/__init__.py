@@ -8,6 +8,7 @@ from fastattn import biases, masks, nn
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.varlen_attention import varlen_attention
 
 # ``fastattn.backends`` is the function; ``from fastattn.backends import ...`` still finds the package.
@@ -18,6 +19,7 @@ __all__ = [
     "FallbackWarning",
     "UnsupportedError",
     "attention",
+    "attention_weights",
     "backends",
     "biases",
     "masks",

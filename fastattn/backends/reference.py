@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
+from fastattn.reference.attention_weights import attention_weights
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
 
@@ -33,7 +34,7 @@ class ReferenceBackend(Backend):
         ]
 
     def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
-        return attention_formula.attention_weights(call)
+        return attention_weights(call, lse).to(call.query.dtype)
 
 
 def gradients(

@@ -11,8 +11,9 @@ from fastattn.nn._masks import restriction
 from fastattn.nn.kv_cache import KVCache
 from fastattn.ops import _dispatch
 from fastattn.ops.attention import attend
-from fastattn.reference.attention import attention_weights
+from fastattn.ops.attention_weights import weigh
 from fastattn.spec.attention import attention_call
+from fastattn.spec.attention_weights import weights_call
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -102,12 +103,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             generator=None,
             backend=_dispatch.resolve(None),
         )
-        out, _ = attend(call)
+        out, lse = attend(call)
         weights = None
         if need_weights:
-            weights = attention_weights(call)
-            if average_attn_weights:
-                weights = weights.mean(dim=1)
+            reduce = "head_mean" if average_attn_weights else "none"
+            weights, _ = weigh(weights_call(call, lse, reduce, None, 1))
         if query.dim() == 2:
             out = out[0].transpose(0, 1)
             weights = None if weights is None else weights[0]

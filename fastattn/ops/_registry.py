@@ -31,7 +31,7 @@ def define(
         kernel: computes the op on any device (it asks ``_dispatch.choose`` for a backend).
         fake: returns uninitialised results of the right shapes, dtypes and strides.
         function: its first-order derivative; without one the op is not differentiable.
-        autocast: True casts floating inputs to the autocast dtype where autocast is on.
+        autocast: True casts floating inputs to the autocast dtype where autocast is on; either way it is off inside.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastattn, name).default
@@ -43,9 +43,8 @@ def define(
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         LIBRARY.impl(name, _autograd(op, function), "Autograd")
-    if autocast:
-        for device_type in ("cpu", "cuda"):
-            LIBRARY.impl(name, _autocast(op, device_type), f"Autocast{device_type.upper()}")
+    for device_type in ("cpu", "cuda"):
+        LIBRARY.impl(name, _autocast(op, device_type, autocast), f"Autocast{device_type.upper()}")
     return op
 
 
@@ -63,13 +62,14 @@ def _requires_grad(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.requires_grad
 
 
-def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
+def _autocast(op: torch._ops.OpOverload, device_type: str, cast: bool) -> Callable[..., Any]:
+    # Without a cast too, autocast must end here: it would round the products inside a kernel that is a formula.
     key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
 
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*(_cast(a, dtype) for a in args))
+            return op(*((_cast(a, dtype) for a in args) if cast else args))
 
     return cast_and_call
 

@@ -17,7 +17,8 @@ from fastattn.ops._registry import define
 from fastattn.reference import attention as formula
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, empty_output
 
-_CALL_SCHEMA = """
+# The fields of AttentionCall, as the dispatcher writes them.
+CALL_SCHEMA = """
     Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? relative_bias, Tensor? sinks, Tensor? dense_mask,
     Tensor? key_lengths, Tensor? segments_q, Tensor? segments_k, Tensor? dropout_state, SymInt diag_lo, SymInt diag_hi,
     float softmax_scale, float softcap, float dropout_p, str backend"""
@@ -290,7 +291,7 @@ def _grad_outputs(lse: Tensor, dout: Tensor, dlse: Tensor | None) -> list[Tensor
 
 _attention = define(
     "attention",
-    f"({_CALL_SCHEMA}) -> (Tensor out, Tensor lse)",
+    f"({CALL_SCHEMA}) -> (Tensor out, Tensor lse)",
     kernel=_kernel,
     fake=_fake,
     function=_Attention,
@@ -298,7 +299,7 @@ _attention = define(
 )
 _attention_backward = define(
     "attention_backward",
-    f"({_CALL_SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] needed) -> Tensor[]",
+    f"({CALL_SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] needed) -> Tensor[]",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )

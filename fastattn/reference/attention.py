@@ -1,4 +1,4 @@
-"""Attention and attention weights, from the formula.
+"""Attention, from the formula.
 
 ``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys, ``lse[i] = log(exp(sink) + sum_j exp(s[i, j]))``, ``out =
 dropout(P) @ V``. It holds the whole [seq_len_q, seq_len_k] matrix.
@@ -28,11 +28,6 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
         # 0 * NaN is NaN: where only some queries see a non-finite value, the others must not touch it.
         out = torch.where(allowed[..., None], weights[..., None] * value[:, :, None], 0.0).sum(dim=3)
     return out.to(call.query.dtype), lse
-
-
-def attention_weights(call: AttentionCall) -> Tensor:
-    """Returns ``dropout(P)``: [batch, num_heads_q, seq_len_q, seq_len_k] in query's dtype; 0 where invisible."""
-    return _weights(call)[0].to(call.query.dtype)
 
 
 def scores(call: AttentionCall) -> tuple[Tensor, Tensor]:

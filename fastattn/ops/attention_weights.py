@@ -1,0 +1,281 @@
+"""Attention weights, whole or reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.biases import RelativeBias
+from fastattn.masks import Mask
+from fastattn.ops import _dispatch
+from fastattn.ops._registry import define
+from fastattn.ops.attention import CALL_SCHEMA, attend
+from fastattn.reference import attention_weights as formula
+from fastattn.spec.attention import AttentionCall, attention_call, lse_dtype
+from fastattn.spec.attention_weights import (
+    DIFFERENTIABLE,
+    Selection,
+    WeightsCall,
+    result_shape,
+    row_block,
+    select_heads,
+    select_rows,
+    weights_call,
+)
+
+_NUM_ATTENTION = len(AttentionCall._fields)
+_NUM_FIELDS = _NUM_ATTENTION + len(WeightsCall._fields) - 1
+_DIFFERENTIABLE_AT = (*(AttentionCall._fields.index(f) for f in DIFFERENTIABLE), _NUM_ATTENTION)
+# Elements of the largest block of weights that a reduction holds: 2^22 float32 are 16 MiB, so that it stays near the
+# cores.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    reduce: str = "none",
+    rows: Selection = None,
+    heads: Selection = None,
+    top_k: int | None = None,
+    pool_size: int = 64,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The weights that :func:`fastattn.attention` would give each value, or a summary of them.
+
+    ``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys and 0 elsewhere; ``s`` is attention's score.  A query that
+    may see no key has weights 0.  All but "none" are made from blocks of rows and never hold [seq_len_q, seq_len_k].
+
+    Args:
+        query: [batch, num_heads_q, seq_len_q, head_dim]; float32, bfloat16, float16 or float64.
+        key: [batch, num_heads_kv, seq_len_k, head_dim]; ``num_heads_q`` a multiple of ``num_heads_kv``.
+        mask: as in :func:`fastattn.attention`, like ``bias``, ``softmax_scale`` and ``softcap``.
+        bias: added to the scores.
+        softmax_scale: by default ``1 / sqrt(head_dim)``.
+        softcap: bounds the scores by a tanh; None for no bound.
+        reduce: what to return; see below.
+        rows: the queries to look at, in this order: a slice or indices.  All by default.  Masks and biases keep their
+            alignment.
+        heads: the query heads to look at, likewise.
+        top_k: for "top_k", how many keys a query.
+        pool_size: for "pooled", the side of a cell.
+        backend: "reference" | "cpu"; by default the first that supports the call.
+
+    Returns:
+        In query's dtype, differentiable to any order, for ``reduce``:
+
+        * "none": ``P`` [batch, num_heads_q, seq_len_q, seq_len_k];
+        * "head_mean": ``mean_h P`` [batch, seq_len_q, seq_len_k];
+        * "key_sum": ``sum_i P``, the attention each key receives, [batch, num_heads_q, seq_len_k];
+        * "entropy": ``-sum_j P log P`` in nats, [batch, num_heads_q, seq_len_q]; 0 for an empty row;
+        * "top_k": the largest weights, falling, and their keys, two of [batch, num_heads_q, seq_len_q, top_k]; keys
+        int64, -1 where
+          the weight is 0;
+        * "pooled": ``P``'s mean over cells of ``pool_size`` rows and columns (fewer at the edges),
+          [batch, num_heads_q, ceil(seq_len_q / pool_size), ceil(seq_len_k / pool_size)].
+
+    Raises:
+        ValueError: shapes or numbers do not fit.
+        TypeError: dtypes or devices do not fit.
+        UnsupportedError: the backend asked for cannot serve the call.
+
+    Differs from ``torch.nn.MultiheadAttention(need_weights=True)``, PyTorch's nearest twin: no dropout, no NaN, and
+    summaries cost no quadratic memory.
+
+    Source: Dao, "FlashAttention-2", 2023, section 3.2 (recomputing P from the lse).
+    """
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # The op itself does not cast: its lse must stay float32.
+        query, key = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key))
+    call = attention_call(
+        query,
+        key,
+        key,
+        mask=mask,
+        bias=bias,
+        dropout_p=0.0,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        sinks=None,
+        generator=None,
+        backend=_dispatch.resolve(backend),
+    )
+    call = select_rows(select_heads(call, heads), rows)
+    # One column of values: attention's other result, the lse, is what is wanted.
+    _, lse = attend(call._replace(value=call.key[..., :1]))
+    result, indices = weigh(weights_call(call, lse, reduce, top_k, pool_size))
+    return (result, indices) if reduce == "top_k" else result
+
+
+def weigh(call: WeightsCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(result, indices)`` of a canonical call, differentiable."""
+    attention = call.attention
+    tensors = (attention.query, attention.key, attention.bias, attention.relative_bias, call.lse)
+    if _dispatch.needs_reference_derivatives(*tensors):
+        _dispatch.warn_reference(
+            "attention_weights", "forward-mode derivatives and torch.func transforms have no kernel"
+        )
+        result, indices = formula.reduced_weights(call)
+        return result.to(attention.query.dtype), indices
+    return _attention_weights(*_flat(call))
+
+
+def _flat(call: WeightsCall) -> tuple[Any, ...]:
+    return (*call.attention, *call[1:])
+
+
+def _unflat(args: tuple[Any, ...]) -> WeightsCall:
+    return WeightsCall(AttentionCall(*args[:_NUM_ATTENTION]), *args[_NUM_ATTENTION:])
+
+
+def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _unflat(args)
+    if 0 in call.attention.shape:
+        result, indices = formula.reduced_weights(call)
+        return result.to(call.attention.query.dtype), indices
+    backend = _dispatch.choose("attention_weights", call.attention)
+    if call.reduce == "none":
+        return backend.attention_weights(call.attention, call.lse), _no_indices(call)  # type: ignore[attr-defined]
+    results: list[Tensor] = []
+    all_indices: list[Tensor] = []
+    for block in _blocks(_wide(call)):
+        weights = backend.attention_weights(block.attention, block.lse)  # type: ignore[attr-defined]
+        result, indices = formula.reduce_weights(weights, block)
+        results.append(result)
+        all_indices.append(indices)
+    at = 1 if call.reduce == "head_mean" else 2
+    whole = torch.cat(results, dim=at) if call.by_rows else torch.stack(results).sum(dim=0)
+    indices = torch.cat(all_indices, dim=2) if call.reduce == "top_k" else _no_indices(call)
+    return whole.to(call.attention.query.dtype), indices
+
+
+def _wide(call: WeightsCall) -> WeightsCall:
+    """Returns ``call`` in lse's dtype, so that a reduction adds unrounded weights."""
+    attention = call.attention
+    dtype = lse_dtype(attention.query.dtype)
+    query, key = attention.query.to(dtype), attention.key.to(dtype)
+    return call._replace(attention=attention._replace(query=query, key=key, value=key))
+
+
+def _blocks(call: WeightsCall) -> Iterator[WeightsCall]:
+    """Yields the call of one block of rows after another."""
+    batch, heads, rows, columns = call.attention.shape
+    height = max(1, _BLOCK_ELEMENTS // (batch * heads * columns))
+    if call.reduce == "pooled":
+        height = -(-height // call.pool_size) * call.pool_size
+    if call.attention.dropout_state is not None:
+        # Dropout counts rows from the first, so that a later block would draw other numbers.
+        height = rows
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
+        yield call._replace(attention=row_block(call.attention, start, stop), lse=call.lse[:, :, start:stop])
+
+
+def _no_indices(call: WeightsCall) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=call.attention.query.device)
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _unflat(args)
+    shape = result_shape(call)
+    indices = call.lse.new_empty(shape, dtype=torch.int64) if call.reduce == "top_k" else _no_indices(call)
+    return call.attention.query.new_empty(shape), indices
+
+
+def _backward_kernel(*args: Any) -> list[Tensor]:
+    """Differentiates the formula, a block of rows at a time."""
+    call, dresult, needed = _unflat(args[:_NUM_FIELDS]), args[-2], args[-1]
+    tensors = _inputs(call)
+    wanted = [t is not None and need for t, need in zip(tensors, needed, strict=True)]
+    leaves = [t.detach().requires_grad_() if w else t for t, w in zip(tensors, wanted, strict=True)]
+    inputs = [t for t, w in zip(leaves, wanted, strict=True) if w]
+    sums = [torch.zeros_like(t, dtype=lse_dtype(t.dtype)) for t in inputs]
+    at = 0
+    with torch.enable_grad():
+        for block in _blocks(_wide(_with_inputs(call, leaves))) if 0 not in call.attention.shape else ():
+            result = formula.reduced_weights(block)[0]
+            dblock = dresult
+            if call.by_rows:
+                dim = 1 if call.reduce == "head_mean" else 2
+                dblock = dresult.narrow(dim, at, result.shape[dim])
+                at += result.shape[dim]
+            for total, grad in zip(sums, torch.autograd.grad(result, inputs, dblock.to(result.dtype)), strict=True):
+                total += grad
+    found = iter(sums)
+    return [
+        torch.empty_like(t).copy_(next(found)) if w else call.lse.new_empty(0)
+        for t, w in zip(tensors, wanted, strict=True)
+    ]
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    call, needed = _unflat(args[:_NUM_FIELDS]), args[-1]
+    return [
+        call.lse.new_empty(0) if t is None or not need else torch.empty_like(t)
+        for t, need in zip(_inputs(call), needed, strict=True)
+    ]
+
+
+def _inputs(call: WeightsCall) -> list[Tensor | None]:
+    return [*(getattr(call.attention, f) for f in DIFFERENTIABLE), call.lse]
+
+
+def _with_inputs(call: WeightsCall, tensors: list[Tensor | None]) -> WeightsCall:
+    attention = call.attention._replace(**dict(zip(DIFFERENTIABLE, tensors, strict=False)))
+    return call._replace(attention=attention, lse=tensors[-1])
+
+
+class _AttentionWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        result, indices = _attention_weights(*args)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
+        ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+        return result, indices
+
+    @staticmethod
+    def backward(ctx: Any, dresult: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        args = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        needed = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE_AT]
+        if torch.is_grad_enabled():
+            found = _differentiable_gradients(_unflat(tuple(args)), needed, dresult)
+        else:
+            found = _attention_weights_backward(*args, dresult, needed)
+        grads: list[Tensor | None] = [None] * _NUM_FIELDS
+        for at, grad, need in zip(_DIFFERENTIABLE_AT, found, needed, strict=True):
+            grads[at] = grad if need else None
+        return tuple(grads)
+
+
+def _differentiable_gradients(call: WeightsCall, needed: list[bool], dresult: Tensor) -> list[Tensor | None]:
+    """Returns the gradients through the whole formula, themselves differentiable."""
+    tensors = _inputs(call)
+    inputs = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    result = formula.reduced_weights(call)[0]
+    found = iter(torch.autograd.grad(result, inputs, dresult.to(result.dtype), create_graph=True))
+    return [next(found) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)]
+
+
+_SCHEMA = f"{CALL_SCHEMA}, Tensor lse, str reduce, SymInt top_k, SymInt pool_size"
+_attention_weights: Callable[..., Any] = define(
+    "attention_weights",
+    f"({_SCHEMA}) -> (Tensor result, Tensor indices)",
+    kernel=_kernel,
+    fake=_fake,
+    function=_AttentionWeights,
+)
+_attention_weights_backward: Callable[..., Any] = define(
+    "attention_weights_backward",
+    f"({_SCHEMA}, Tensor dresult, bool[] needed) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)

@@ -1,0 +1,53 @@
+"""Attention weights from the formula, and what may be asked of them instead of all of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.reference.attention import scores
+from fastattn.reference.philox import keep_mask
+from fastattn.spec.attention import AttentionCall
+from fastattn.spec.attention_weights import WeightsCall
+
+
+def attention_weights(call: AttentionCall, lse: Tensor) -> Tensor:
+    """Returns ``dropout(exp(s - lse))`` over the visible keys, 0 elsewhere.
+
+    Shape: [batch, num_heads_q, seq_len_q, seq_len_k] in lse's dtype.  With the lse of the same call it is the softmax.
+    """
+    s, allowed = scores(call)
+    # -inf minus -inf is NaN, so an empty row subtracts 0 instead.
+    shift = torch.where(lse.isneginf(), 0.0, lse)[..., None]
+    weights = torch.where(allowed, (torch.where(allowed, s, shift) - shift).exp(), 0.0)
+    if call.dropout_state is not None:
+        keep = keep_mask(call.dropout_state, call.dropout_p, s.shape[0] * s.shape[1], s.shape[2], s.shape[3])
+        weights = weights * keep.view(s.shape) / (1.0 - call.dropout_p)
+    return weights
+
+
+def reduced_weights(call: WeightsCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(result, indices)`` of a canonical call, in lse's dtype; ``indices`` is empty but for "top_k"."""
+    return reduce_weights(attention_weights(call.attention, call.lse), call)
+
+
+def reduce_weights(weights: Tensor, call: WeightsCall) -> tuple[Tensor, Tensor]:
+    """Reduces weights [batch, num_heads_q, rows, seq_len_k], or any block of their rows."""
+    indices = torch.empty(0, dtype=torch.int64, device=weights.device)
+    if call.reduce == "none":
+        return weights, indices
+    if call.reduce == "head_mean":
+        return weights.mean(dim=1), indices
+    if call.reduce == "key_sum":
+        return weights.sum(dim=2), indices
+    if call.reduce == "entropy":
+        # 0 * log(0) counts as 0, and so does its derivative.
+        return -(weights * torch.where(weights > 0, weights, 1.0).log()).sum(dim=3), indices
+    if call.reduce == "top_k":
+        found, indices = weights.topk(call.top_k, dim=3)
+        return found, torch.where(found > 0, indices, -1)
+    assert call.reduce == "pooled"
+    if weights.numel() == 0:
+        return weights.sum(dim=(2, 3), keepdim=True)[:, :, : weights.shape[2], : weights.shape[3]], indices
+    return F.avg_pool2d(weights, call.pool_size, ceil_mode=True), indices
