@@ -1,10 +1,14 @@
-// The only file that knows Python. Tensors arrive as addresses with shapes and element strides, already validated; each
-// kernel has one register_* function, which fills its argument struct and runs it without the GIL.
+// The only file that knows Python. Tensors are read through their Python attributes (data_ptr, shape, stride, dtype),
+// so that no torch header is needed; a call comes as the NamedTuple of fastattn.spec, already validated. Each kernel
+// has one register_* function, which fills its argument struct and runs it without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
+#include "attention_forward.h"
 #include "dropout_mask.h"
 #include "isa.h"
 
@@ -13,9 +17,160 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
+// What a kernel needs to know of a tensor of up to four dimensions.
+struct TensorInfo {
+  void* data;
+  DType dtype;  // of floating tensors; kFloat32 for all others
+  int dims;
+  int64_t size[4], stride[4];
+};
+
+// Python objects asked for at every call, fetched once: torch's dtypes (singletons), in the order of DType, and names.
+struct {
+  PyObject* dtypes[4];
+  PyObject *data_ptr, *size, *stride, *dtype;
+} python;
+
+void fetch_python_objects() {
+  const py::module_ torch = py::module_::import("torch");
+  const char* names[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int i = 0; i < 4; ++i) python.dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+  python.data_ptr = PyUnicode_InternFromString("data_ptr");
+  python.size = PyUnicode_InternFromString("size");
+  python.stride = PyUnicode_InternFromString("stride");
+  python.dtype = PyUnicode_InternFromString("dtype");
+}
+
+py::object call_method(py::handle object, PyObject* name) {
+  PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+int read_ints(py::handle tuple, int64_t* values) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(tuple.ptr());
+  if (n > 4) throw std::invalid_argument("kernels take tensors of up to 4 dimensions, got " + std::to_string(n));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return static_cast<int>(n);
+}
+
+DType read_dtype(py::handle tensor) {
+  const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), python.dtype));
+  if (!dtype) throw py::error_already_set();
+  for (int i = 0; i < 4; ++i) {
+    if (dtype.ptr() == python.dtypes[i]) return static_cast<DType>(i);
+  }
+  return DType::kFloat32;
+}
+
+TensorInfo read_tensor(py::handle tensor) {
+  TensorInfo info{};
+  info.data = PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr());
+  info.dtype = read_dtype(tensor);
+  info.dims = read_ints(call_method(tensor, python.size), info.size);
+  read_ints(call_method(tensor, python.stride), info.stride);
+  return info;
+}
+
+// Address of a contiguous tensor that may be None.
 template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+T* read_pointer(py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  return static_cast<T*>(PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr()));
+}
+
+View to_view(const TensorInfo& info) {
+  View view{info.data, info.dtype, {}};
+  for (int i = 0; i < info.dims; ++i) view.stride[i] = info.stride[i];
+  return view;
+}
+
+// A tensor of four dimensions, None for an absent one; dimensions of size 1 are broadcast.
+View read_broadcast(py::handle tensor) {
+  if (tensor.is_none()) return {};
+  const TensorInfo info = read_tensor(tensor);
+  View view = to_view(info);
+  for (int i = 0; i < info.dims; ++i) {
+    if (info.size[i] == 1) view.stride[i] = 0;
+  }
+  return view;
+}
+
+// The floating-point fields of a Dropout from probability and state tensor [seed, offset] (None: no dropout).
+Dropout read_dropout(py::handle state, double p) {
+  const int64_t* numbers = read_pointer<int64_t>(state);
+  if (numbers == nullptr) return {};
+  return {static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), static_cast<uint32_t>(p * 0x1p32),
+          1.0 / (1.0 - p)};
+}
+
+// The fields of spec.AttentionCall, by position.
+AttentionProblem read_attention(const py::tuple& call) {
+  enum Field {
+    kQuery,
+    kKey,
+    kValue,
+    kBias,
+    kRelativeBias,
+    kSinks,
+    kDenseMask,
+    kKeyLengths,
+    kSegmentsQ,
+    kSegmentsK,
+    kDropoutState,
+    kDiagLo,
+    kDiagHi,
+    kSoftmaxScale,
+    kSoftcap,
+    kDropoutP
+  };
+  const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
+  const TensorInfo q = read_tensor(field(kQuery)), k = read_tensor(field(kKey)), v = read_tensor(field(kValue));
+  AttentionProblem p;
+  p.batch = q.size[0];
+  p.num_heads_q = q.size[1];
+  p.seq_len_q = q.size[2];
+  p.head_dim = q.size[3];
+  p.num_heads_kv = k.size[1];
+  p.seq_len_k = k.size[2];
+  p.head_dim_v = v.size[3];
+  // A last line against writing out of bounds; users get their messages from fastattn.spec.
+  const bool fits = q.dims == 4 && k.dims == 4 && v.dims == 4 && k.size[0] == p.batch && v.size[0] == p.batch &&
+                    v.size[1] == p.num_heads_kv && v.size[2] == p.seq_len_k && k.size[3] == p.head_dim &&
+                    p.num_heads_kv > 0 && p.num_heads_q % p.num_heads_kv == 0 && k.dtype == q.dtype &&
+                    v.dtype == q.dtype;
+  if (!fits) throw std::invalid_argument("the shapes or dtypes of query, key and value do not fit each other");
+  p.q = to_view(q);
+  p.k = to_view(k);
+  p.v = to_view(v);
+  p.softmax_scale = PyFloat_AsDouble(field(kSoftmaxScale).ptr());
+  p.softcap = PyFloat_AsDouble(field(kSoftcap).ptr());
+  p.mask.diag_lo = PyLong_AsLongLong(field(kDiagLo).ptr());
+  p.mask.diag_hi = PyLong_AsLongLong(field(kDiagHi).ptr());
+  p.mask.key_lengths = read_pointer<const int32_t>(field(kKeyLengths));
+  p.mask.segments_q = read_pointer<const int32_t>(field(kSegmentsQ));
+  p.mask.segments_k = read_pointer<const int32_t>(field(kSegmentsK));
+  const View dense = read_broadcast(field(kDenseMask));
+  p.mask.dense = static_cast<const uint8_t*>(dense.data);
+  for (int i = 0; i < 4; ++i) p.mask.dense_stride[i] = dense.stride[i];
+  p.bias[0] = read_broadcast(field(kBias));
+  if (!field(kRelativeBias).is_none()) {
+    // Entry j - i + seq_len_q - 1 of a head's row: a view whose rows go backwards from element seq_len_q - 1.
+    const View relative = read_broadcast(field(kRelativeBias));
+    const int64_t item = relative.dtype == DType::kFloat64 ? 8 : relative.dtype == DType::kFloat32 ? 4 : 2;
+    char* first = static_cast<char*>(relative.data) + (p.seq_len_q - 1) * item;
+    p.bias[1] = {first, relative.dtype, {0, relative.stride[0], -1, 1}};
+  }
+  if (!field(kSinks).is_none()) {
+    const TensorInfo sinks = read_tensor(field(kSinks));
+    p.sinks = {sinks.data, sinks.dtype, {0, sinks.stride[0], 0, 0}};
+  }
+  p.dropout = read_dropout(field(kDropoutState), PyFloat_AsDouble(field(kDropoutP).ptr()));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return p;
 }
 
 void register_isa(py::module_& m) {
@@ -28,13 +183,29 @@ void register_isa(py::module_& m) {
 void register_dropout_mask(py::module_& m) {
   m.def(
       "dropout_mask",
-      [](uintptr_t keep, int64_t slices, int64_t rows, int64_t columns, uint64_t seed, uint64_t offset,
-         uint32_t threshold) {
-        const DropoutMaskArgs args{slices, rows, columns, {seed, offset, threshold, 1.0}, pointer<uint8_t>(keep)};
+      [](py::handle keep, py::handle state, double p) {
+        const TensorInfo info = read_tensor(keep);
+        if (info.dims != 3) throw std::invalid_argument("keep must be [slices, rows, columns]");
+        const DropoutMaskArgs args{info.size[0], info.size[1], info.size[2], read_dropout(state, p),
+                                   static_cast<uint8_t*>(info.data)};
         py::gil_scoped_release release;
         FASTATTN_DISPATCH(dropout_mask, args);
       },
-      "Writes the bool mask keep[slices, rows, columns] of the elements that dropout leaves.");
+      "Writes the contiguous bool mask keep[slices, rows, columns] of the elements that dropout leaves.");
+}
+
+void register_attention_forward(py::module_& m) {
+  m.def(
+      "attention_forward",
+      [](const py::tuple& call, py::handle out, py::handle lse) {
+        AttentionForwardArgs args;
+        args.problem = read_attention(call);
+        args.out = to_view(read_tensor(out));
+        args.lse = read_pointer<void>(lse);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(attention_forward, args);
+      },
+      "Writes out and lse of a spec.AttentionCall that is not empty.");
 }
 
 }  // namespace
@@ -42,6 +213,8 @@ void register_dropout_mask(py::module_& m) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastattn's C++ kernels.";
+  fastattn::fetch_python_objects();
   fastattn::register_isa(m);
   fastattn::register_dropout_mask(m);
+  fastattn::register_attention_forward(m);
 }

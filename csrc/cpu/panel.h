@@ -32,9 +32,10 @@ inline int64_t panels_size(int64_t depth, int64_t columns) {
   return ceil_div(columns, kPanelWidth<C>) * panel_size<C>(depth);
 }
 
-// Packs B[k][n] = source[k * row_stride + n]. Returns whether every element is finite.
+// Packs B[k][n] = source[k * row_stride + n] into panels `panel_stride` apart: panel_size(depth), or more where only
+// the first rows are filled. Returns whether every element is finite.
 template <typename C, typename T>
-inline bool pack(C* panels, const T* source, int64_t row_stride, int64_t depth, int64_t columns) {
+inline bool pack(C* panels, const T* source, int64_t row_stride, int64_t depth, int64_t columns, int64_t panel_stride) {
   constexpr int W = Vec<C>::kWidth;
   Vec<C> poison = Vec<C>::zero();  // 0 * x is NaN for NaN and Inf
   for (int64_t n = 0; n < columns; n += kPanelWidth<C>) {
@@ -55,7 +56,7 @@ inline bool pack(C* panels, const T* source, int64_t row_stride, int64_t depth, 
       }
       for (int64_t i = round_up(width, W); i < kPanelWidth<C>; i += W) store(to + i, Vec<C>::zero());
     }
-    panels += panel_size<C>(depth);
+    panels += panel_stride;
   }
   const C sum = reduce_add(poison);
   return sum == sum;

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "parallel.h"
+
 namespace fastattn {
 
 // Who asks: two buffers in use at once on one thread need two slots.
@@ -12,5 +14,26 @@ enum class Scratch : int { kShared = 0, kThread = 1, kCount = 2 };
 // calling thread and valid until its next call with the same slot. Buffers up to a bound are kept for the life of the
 // thread; a larger one is given back at the next call that asks for less. Throws std::bad_alloc.
 void* scratch(Scratch slot, size_t bytes);
+
+#if defined(FASTATTN_ISA)
+namespace FASTATTN_ISA {
+
+// Hands out pieces of one allocation, each aligned to a cache line.
+class Carver {
+ public:
+  explicit Carver(void* base) : next_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+}  // namespace FASTATTN_ISA
+#endif
 
 }  // namespace fastattn

@@ -93,18 +93,22 @@ inline C to_compute(T x) {
 #  include "vec_portable.h"
 #endif
 
-// Calls visitor(pointer) with a null pointer of the storage type, so that code outside knows no dtype.
+// Calls visitor(TypeTag<T>()) with the storage type of a dtype.
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
 template <typename Visitor>
 inline void visit(DType dtype, const Visitor& visitor) {
   switch (dtype) {
     case DType::kFloat32:
-      return visitor(static_cast<const float*>(nullptr));
+      return visitor(TypeTag<float>());
     case DType::kBFloat16:
-      return visitor(static_cast<const BFloat16*>(nullptr));
+      return visitor(TypeTag<BFloat16>());
     case DType::kFloat16:
-      return visitor(static_cast<const Float16*>(nullptr));
+      return visitor(TypeTag<Float16>());
     case DType::kFloat64:
-      return visitor(static_cast<const double*>(nullptr));
+      return visitor(TypeTag<double>());
   }
 }
 
@@ -134,6 +138,33 @@ inline Vec<C> load_as(const T* p) {
   } else {
     return load_as_n<C>(p, Vec<C>::kWidth);
   }
+}
+
+// A whole vector's n, for the compiler to see: the `_n` functions then are the plain ones.
+template <typename C>
+struct AllLanes {
+  constexpr operator int() const { return Vec<C>::kWidth; }
+};
+template <typename T>
+inline Vec<Compute<T>> load_n(const T* p, AllLanes<Compute<T>>) {
+  return load(p);
+}
+template <typename C, typename T>
+inline Vec<C> load_as_n(const T* p, AllLanes<C>) {
+  return load_as<C>(p);
+}
+template <typename T>
+inline void store_n(T* p, Vec<Compute<T>> a, AllLanes<Compute<T>>) {
+  store(p, a);
+}
+
+// Calls body(offset, n) for each vector of a row of `length`; n is an int at the tail and AllLanes before it.
+template <typename C, typename Body>
+inline void for_each_vec(int64_t length, const Body& body) {
+  constexpr int W = Vec<C>::kWidth;
+  int64_t i = 0;
+  for (; i + W <= length; i += W) body(i, AllLanes<C>());
+  if (i < length) body(i, static_cast<int>(length - i));
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -6,7 +6,10 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+from torch import Tensor
+
 from fastattn.backends.base import Backend
+from fastattn.spec.attention import AttentionCall, empty_output
 
 
 class CpuBackend(Backend):
@@ -15,6 +18,18 @@ class CpuBackend(Backend):
 
     def unavailable(self) -> str | None:
         return _load()[1]
+
+    def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        out, lse = empty_output(call)
+        kernels().attention_forward(call, out, lse)
+        return out, lse
+
+
+def kernels() -> ModuleType:
+    """Returns the extension module, whose presence ``unavailable`` has checked."""
+    module = _load()[0]
+    assert module is not None
+    return module
 
 
 @cache

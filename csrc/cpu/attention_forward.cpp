@@ -1,0 +1,301 @@
+// Attention forward: blocks of queries against tiles of keys with a running softmax (Milakov and Gimelshein, "Online
+// normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023).
+//
+// Keys (transposed) and values of a key-value head are packed once, widened to the compute type, and shared by all
+// query blocks of all query heads of the group. A block keeps its scores, its output and its row statistics in scratch
+// that stays in the caches; memory is O(seq_len_k) for the packed keys and values of the heads being worked on.
+#include "attention_forward.h"
+
+#include "attention_scores.h"
+#include "mask.h"
+#include "panel.h"
+#include "parallel.h"
+#include "philox.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kMaxRows = 96;  // queries a block: a multiple of kTileRows
+constexpr int64_t kKeys = 256;    // keys a tile: a multiple of 64 (a word of mask bits) and of every panel width
+
+template <typename C>
+class Forward {
+ public:
+  explicit Forward(const AttentionForwardArgs& args) : args_(args), p_(args.problem), scores_(p_) {
+    group_size_ = p_.num_heads_q / p_.num_heads_kv;
+    groups_ = p_.batch * p_.num_heads_kv;
+    const int64_t blocks = ceil_div(p_.seq_len_q, kMaxRows);
+    rows_ = round_up(ceil_div(p_.seq_len_q, blocks), kTileRows);  // blocks of equal size
+    blocks_ = ceil_div(p_.seq_len_q, rows_);
+    tiles_ = ceil_div(p_.seq_len_k, kKeys);
+    out_stride_ = round_up(p_.head_dim_v, Vec<C>::kWidth);
+    k_tile_ = panels_size<C>(p_.head_dim, kKeys);
+    v_tile_ = panels_size<C>(kKeys, p_.head_dim_v);
+  }
+
+  void run() {
+    const int64_t threads = max_threads();
+    const double work = static_cast<double>(p_.batch * p_.num_heads_q) * static_cast<double>(p_.seq_len_q) *
+                        static_cast<double>(p_.seq_len_k) * static_cast<double>(p_.head_dim + p_.head_dim_v);
+    // A thread a group needs no barrier and keeps the packed tiles in its own cache; worth at most 1 / 8 of idling.
+    if (ceil_div(groups_, threads) * threads * 8 <= groups_ * 9) {
+      parallel_for(groups_, work, [&](int64_t group) {
+        Carver carver(scratch(Scratch::kThread, packed_bytes() + block_bytes()));
+        const Packed packed = carve_packed(carver);
+        for (int64_t tile = 0; tile < tiles_; ++tile) pack_tile(packed, group, tile);
+        const Block block = carve_block(carver);
+        for (int64_t task = 0; task < group_size_ * blocks_; ++task) run_block(packed, block, group, task);
+      });
+      return;
+    }
+    // Otherwise all threads share one group after the other, or all groups at once where they are small.
+    const int64_t together = max(1, min(groups_, kSharedBytes / packed_bytes()));
+    for (int64_t first = 0; first < groups_; first += together) {
+      const int64_t count = min(together, groups_ - first);
+      char* base = static_cast<char*>(scratch(Scratch::kShared, count * packed_bytes()));
+      const auto packed_of = [&](int64_t index) {
+        Carver carver(base + index * packed_bytes());
+        return carve_packed(carver);
+      };
+      parallel_for(count * tiles_, work,
+                   [&](int64_t task) { pack_tile(packed_of(task / tiles_), first + task / tiles_, task % tiles_); });
+      // Late blocks see more keys where the mask is causal: they go first.
+      const int64_t tasks = group_size_ * blocks_;
+      parallel_for(count * tasks, work, [&](int64_t task) {
+        Carver carver(scratch(Scratch::kThread, block_bytes()));
+        run_block(packed_of(task % count), carve_block(carver), first + task % count, tasks - 1 - task / count);
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kSharedBytes = int64_t{64} << 20;
+
+  // The packed keys and values of one group.
+  struct Packed {
+    C* k;             // tile after tile of panels of the transposed keys
+    C* v;             // tile after tile of panels of the values
+    uint8_t* finite;  // [tiles]: no value of the tile is NaN or Inf
+  };
+  // The state of one block of queries.
+  struct Block {
+    C* q;      // [rows, head_dim]
+    C* s;      // [rows, kKeys]: scores, then probabilities
+    C* out;    // [rows, out_stride]
+    C* max;    // [rows]: running maximum of the scores
+    C* alpha;  // [rows]: what the last tile's new maximum scales the past by
+    C* sum;    // [rows, kWidth]: running sum of the probabilities, lane by lane
+  };
+
+  int64_t packed_bytes() const {
+    return round_up(tiles_ * k_tile_ * sizeof(C), 64) + round_up(tiles_ * v_tile_ * sizeof(C), 64) +
+           round_up(tiles_, 64);
+  }
+  int64_t block_bytes() const {
+    return (rows_ * (p_.head_dim + kKeys + out_stride_ + 2 + Vec<C>::kWidth)) * sizeof(C) + 6 * 64;
+  }
+  Packed carve_packed(Carver& carver) const {
+    Packed packed;
+    packed.k = carver.take<C>(tiles_ * k_tile_);
+    packed.v = carver.take<C>(tiles_ * v_tile_);
+    packed.finite = carver.take<uint8_t>(tiles_);
+    return packed;
+  }
+  Block carve_block(Carver& carver) const {
+    Block block;
+    block.q = carver.take<C>(rows_ * p_.head_dim);
+    block.s = carver.take<C>(rows_ * kKeys);
+    block.out = carver.take<C>(rows_ * out_stride_);
+    block.max = carver.take<C>(rows_);
+    block.alpha = carver.take<C>(rows_);
+    block.sum = carver.take<C>(rows_ * Vec<C>::kWidth);
+    return block;
+  }
+
+  // Packs what any query may see of a tile; what lies beyond (padding, another sequence) is never read.
+  void pack_tile(const Packed& packed, int64_t group, int64_t tile) const {
+    const int64_t batch = group / p_.num_heads_kv, head = group % p_.num_heads_kv;
+    const Range seen = Mask(p_, batch, head * group_size_).k_range(0, p_.seq_len_q);
+    const int64_t begin = tile * kKeys, count = min(kKeys, seen.end - begin);
+    if (count <= 0 || begin + kKeys <= seen.begin) return;
+    visit(p_.q.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      pack_transposed(packed.k + tile * k_tile_, row_of<const T>(p_.k, batch, head, begin), p_.k.stride[2], p_.head_dim,
+                      count);
+      packed.finite[tile] = pack(packed.v + tile * v_tile_, row_of<const T>(p_.v, batch, head, begin), p_.v.stride[2],
+                                 count, p_.head_dim_v, panel_size<C>(kKeys));
+    });
+  }
+
+  void run_block(const Packed& packed, const Block& block, int64_t group, int64_t task) const {
+    const int64_t batch = group / p_.num_heads_kv;
+    const int64_t head = group % p_.num_heads_kv * group_size_ + task % group_size_;
+    const int64_t begin = task / group_size_ * rows_;
+    const Range rows{begin, min(begin + rows_, p_.seq_len_q)};
+    const int64_t height = rows.end - rows.begin;
+    const Mask mask(p_, batch, head);
+    const Range seen = mask.k_range(rows.begin, rows.end);
+
+    scores_.load_queries(block.q, batch, head, rows);
+    for (int64_t i = 0; i < height * out_stride_; i += Vec<C>::kWidth) store(block.out + i, Vec<C>::zero());
+    for (int64_t i = 0; i < height; ++i) {
+      block.max[i] = -infinity();
+      store(block.sum + i * Vec<C>::kWidth, Vec<C>::zero());
+    }
+
+    for (int64_t tile = seen.begin / kKeys; tile * kKeys < seen.end; ++tile) {
+      // Whole words of mask bits, so the first columns of the first tile may be invisible.
+      const int64_t first = max(tile * kKeys, seen.begin / 64 * 64);
+      const Range columns{first, min(tile * kKeys + kKeys, seen.end)};
+      const Coverage coverage = mask.coverage(rows, columns);
+      if (coverage == Coverage::kNone) continue;
+      const int64_t width = columns.end - columns.begin, offset = columns.begin - tile * kKeys;
+      const C* k = packed.k + tile * k_tile_ + offset / kPanelWidth<C> * panel_size<C>(p_.head_dim);
+      const C* v = packed.v + tile * v_tile_ + offset * kPanelWidth<C>;
+
+      multiply(height, width, p_.head_dim, block.q, p_.head_dim, 1, k, panel_size<C>(p_.head_dim),
+               [&](int64_t i, int64_t j, Vec<C> value) { store(block.s + i * kKeys + j, value); });
+      // A ragged tile's last vector holds columns that do not exist: the mask hides them.
+      const bool masked = coverage != Coverage::kAll || width % Vec<C>::kWidth != 0;
+      scores_.finish(block.s, kKeys, batch, head, rows, columns, masked, mask);
+      softmax_tile(block, height, width);
+      if (p_.dropout.threshold != 0) drop(block, batch * p_.num_heads_q + head, rows, columns);
+      if (packed.finite[tile]) {
+        multiply(height, p_.head_dim_v, width, block.s, kKeys, 1, v, panel_size<C>(kKeys),
+                 [&](int64_t i, int64_t d, Vec<C> value) {
+                   C* out = block.out + i * out_stride_ + d;
+                   store(out, fma(load(out), Vec<C>::set1(block.alpha[i]), value));
+                 });
+      } else {
+        multiply_visible(block, v, rows, columns, mask);
+      }
+    }
+    write(block, batch, head, rows);
+  }
+
+  // Moves the running maximum and sum over a tile and turns its scores into probabilities relative to the new maximum.
+  void softmax_tile(const Block& block, int64_t height, int64_t width) const {
+    constexpr int W = Vec<C>::kWidth;
+    const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2());
+    for (int64_t i = 0; i < height; ++i) {
+      C* s = block.s + i * kKeys;
+      Vec<C> highest = load(s);
+      for (int64_t j = W; j < width; j += W) highest = max(highest, load(s + j));
+      const C before = block.max[i], tile_max = reduce_max(highest);
+      const C now = tile_max < before ? before : tile_max;  // a NaN becomes the maximum and the whole row with it
+      // -inf minus -inf is NaN, so a row that has seen nothing subtracts 0 instead.
+      const Vec<C> shift = Vec<C>::set1(now == -infinity() ? C(0) : now);
+      const Vec<C> alpha = exp2((Vec<C>::set1(before) - shift) * to_log2);
+      Vec<C> sum = load(block.sum + i * W) * alpha;
+      for (int64_t j = 0; j < width; j += W) {
+        const Vec<C> e = exp2((load(s + j) - shift) * to_log2);
+        sum = sum + e;
+        store(s + j, e);
+      }
+      store(block.sum + i * W, sum);
+      block.max[i] = now;
+      store_n(block.alpha + i, alpha, 1);
+    }
+  }
+
+  // Sets dropped probabilities to 0; the survivors are rescaled once, at the end.
+  void drop(const Block& block, int64_t slice, Range rows, Range columns) const {
+    constexpr int W = Vec<C>::kWidth;
+    const int64_t width = columns.end - columns.begin;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      C* s = block.s + (i - rows.begin) * kKeys;
+      for (int64_t j = 0; j < width; j += 64) {
+        const uint64_t keep = dropout_keep_bits(p_.dropout, static_cast<uint64_t>(slice), static_cast<uint64_t>(i),
+                                                static_cast<uint64_t>(columns.begin + j));
+        for (int64_t k = 0; k < 64 && j + k < width; k += W) {
+          store(s + j + k, select(mask_from_bits<C>(keep >> k), load(s + j + k), Vec<C>::zero()));
+        }
+      }
+    }
+  }
+
+  // out = out * alpha + P V where V holds NaN or Inf: 0 * NaN is NaN, so invisible values must not be touched at all.
+  void multiply_visible(const Block& block, const C* v, Range rows, Range columns, const Mask& mask) const {
+    constexpr int W = Vec<C>::kWidth;
+    const int64_t width = columns.end - columns.begin;
+    for (int64_t i = 0; i < rows.end - rows.begin; ++i) {
+      C* out = block.out + i * out_stride_;
+      for (int64_t d = 0; d < out_stride_; d += W) store(out + d, load(out + d) * Vec<C>::set1(block.alpha[i]));
+      for (int64_t j = 0; j < width; ++j) {
+        if (!mask.visible(rows.begin + i, columns.begin + j)) continue;
+        const Vec<C> weight = Vec<C>::set1(block.s[i * kKeys + j]);
+        for (int64_t d = 0; d < out_stride_; d += W) {
+          const C* value = v + d / kPanelWidth<C> * panel_size<C>(kKeys) + j * kPanelWidth<C> + d % kPanelWidth<C>;
+          store(out + d, fma(weight, load(value), load(out + d)));
+        }
+      }
+    }
+  }
+
+  // Divides by the sum and rounds once, to the output's dtype.
+  void write(const Block& block, int64_t batch, int64_t head, Range rows) const {
+    C* lse = static_cast<C*>(args_.lse) + (batch * p_.num_heads_q + head) * p_.seq_len_q;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t at = i - rows.begin;
+      const C sum = reduce_add(load(block.sum + at * Vec<C>::kWidth));
+      const double highest = static_cast<double>(block.max[at]) * scores_.to_natural();
+      C factor;
+      if (p_.sinks.data == nullptr) {
+        factor = sum == 0 ? C(0) : static_cast<C>(p_.dropout.rescale / static_cast<double>(sum));
+        lse[i] = sum == 0 ? -infinity() : static_cast<C>(highest + log(sum));
+      } else {
+        factor = with_sink(head, sum, highest, &lse[i]);
+      }
+      const C* from = block.out + at * out_stride_;
+      visit(p_.q.dtype, [&](auto type) {
+        using T = typename decltype(type)::Type;
+        if constexpr (sizeof(Compute<T>) == sizeof(C)) {
+          T* to = row_of<T>(args_.out, batch, head, i);
+          for_each_vec<C>(p_.head_dim_v,
+                          [&](int64_t d, auto n) { store_n(to + d, load(from + d) * Vec<C>::set1(factor), n); });
+        }
+      });
+    }
+  }
+
+  // The sink is one more logit in the denominator: returns what the output is scaled by.
+  C with_sink(int64_t head, C sum, double highest, C* lse) const {
+    double sink = 0;
+    visit(p_.sinks.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      sink = to_double(*row_of<const T>(p_.sinks, 0, head, 0));
+    });
+    if (sum == 0 || sink == __builtin_inf()) {
+      *lse = static_cast<C>(sink);
+      return 0;
+    }
+    const double top = sink > highest ? sink : highest;
+    const double kept = __builtin_exp(highest - top);
+    const double total = static_cast<double>(sum) * kept + __builtin_exp(sink - top);
+    *lse = static_cast<C>(top + __builtin_log(total));
+    return static_cast<C>(kept * p_.dropout.rescale / total);
+  }
+
+  static C infinity() { return static_cast<C>(__builtin_inff()); }
+  static float log(float x) { return __builtin_logf(x); }
+  static double log(double x) { return __builtin_log(x); }
+
+  const AttentionForwardArgs& args_;
+  const AttentionProblem& p_;
+  const Scores<C> scores_;
+  int64_t group_size_, groups_, rows_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
+};
+
+}  // namespace
+
+void attention_forward(const AttentionForwardArgs& args) {
+  if (args.problem.q.dtype == DType::kFloat64) {
+    Forward<double>(args).run();
+  } else {
+    Forward<float>(args).run();
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA
