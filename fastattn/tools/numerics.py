@@ -1,0 +1,89 @@
+"""The numerics rule: how far an answer may lie from float64, measured by how far eager PyTorch's lies.
+
+``max|x - ref| <= 2 max|eager - ref| + 2 ulp`` and ``mean|x - ref| <= 1.5 mean|eager - ref|``, the ulp being that of the
+largest element.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_FACTOR = 2.0
+MAX_ULPS = 2.0
+MEAN_FACTOR = 1.5
+
+
+class Errors(NamedTuple):
+    """Largest and mean distance from the float64 reference; infinite where the answer is NaN and the reference is not."""
+
+    max: float
+    mean: float
+
+
+class Figure(NamedTuple):
+    """What one tensor (an output or a gradient) shows under the rule."""
+
+    name: str
+    ours: Errors
+    eager: Errors
+    max_bound: float
+    mean_bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours.max <= self.max_bound and self.ours.mean <= self.mean_bound
+
+    @property
+    def strain(self) -> float:
+        """The larger of (error / bound), for the maximum and the mean; 1 is the limit."""
+        return max(_ratio(self.ours.max, self.max_bound), _ratio(self.ours.mean, self.mean_bound))
+
+
+def figure(name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Figure:
+    """Returns the figures of ``ours`` beside those of ``eager``, which has the same dtype, against the float64
+    ``reference``.
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: the dtypes differ.
+    """
+    if ours.shape != reference.shape or eager.shape != reference.shape:
+        shapes = f"{list(ours.shape)}, {list(eager.shape)} and {list(reference.shape)}"
+        raise ValueError(f"{name}: ours, eager and the reference must have one shape, got {shapes}")
+    if ours.dtype != eager.dtype:
+        raise TypeError(f"{name}: ours must have eager's dtype {eager.dtype}, got {ours.dtype}")
+    our_errors, eager_errors = errors(ours, reference), errors(eager, reference)
+    slack = MAX_ULPS * ulp(reference, ours.dtype)
+    return Figure(
+        name, our_errors, eager_errors, MAX_FACTOR * eager_errors.max + slack, MEAN_FACTOR * eager_errors.mean
+    )
+
+
+def errors(value: Tensor, reference: Tensor) -> Errors:
+    if value.numel() == 0:
+        return Errors(0.0, 0.0)
+    value, reference = value.detach().double(), reference.detach().double()
+    # Equal infinities (an empty row's lse) and NaN where NaN belongs are no error; inf - inf would be NaN.
+    same = (value == reference) | (value.isnan() & reference.isnan())
+    distance = torch.where(same, 0.0, (value - reference).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    return Errors(distance.max().item(), distance.mean().item())
+
+
+def ulp(reference: Tensor, dtype: torch.dtype) -> float:
+    """Returns the distance of neighbouring numbers of ``dtype`` at the largest finite element of ``reference``."""
+    finite = reference.detach()[reference.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    if largest == 0.0:
+        return 0.0
+    exponent = math.floor(math.log2(largest))
+    return max(torch.finfo(dtype).eps * 2.0**exponent, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def _ratio(a: float, b: float) -> float:
+    if a == 0.0:
+        return 0.0
+    return a / b if b > 0.0 else math.inf
