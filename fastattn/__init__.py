@@ -10,6 +10,9 @@ from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.varlen_attention import varlen_attention
+from fastattn.tools.activate import activate, deactivate
+from fastattn.tools.swap import swap
+from fastattn.tools.verify import verify
 
 # ``fastattn.backends`` is the function; ``from fastattn.backends import ...`` still finds the package.
 
@@ -18,13 +21,17 @@ __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
     "UnsupportedError",
+    "activate",
     "attention",
     "attention_weights",
     "backends",
     "biases",
+    "deactivate",
     "masks",
     "nn",
     "scaled_dot_product_attention",
+    "swap",
     "use_backend",
     "varlen_attention",
+    "verify",
 ]

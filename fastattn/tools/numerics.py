@@ -18,7 +18,8 @@ MEAN_FACTOR = 1.5
 
 
 class Errors(NamedTuple):
-    """Largest and mean distance from the float64 reference; infinite where the answer is NaN and the reference is not."""
+    """Largest and mean distance from the float64 reference; infinite where the answer is NaN and the reference is
+    not."""
 
     max: float
     mean: float
@@ -64,13 +65,12 @@ def figure(name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Figure:
 
 
 def errors(value: Tensor, reference: Tensor) -> Errors:
-    if value.numel() == 0:
-        return Errors(0.0, 0.0)
+    """Returns the errors of ``value``; elements where the reference itself is NaN have none."""
     value, reference = value.detach().double(), reference.detach().double()
-    # Equal infinities (an empty row's lse) and NaN where NaN belongs are no error; inf - inf would be NaN.
-    same = (value == reference) | (value.isnan() & reference.isnan())
+    # Equal infinities (an empty row's lse) are no error, and their difference would be NaN.
+    same = (value == reference) | reference.isnan()
     distance = torch.where(same, 0.0, (value - reference).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    return Errors(distance.max().item(), distance.mean().item())
+    return Errors(distance.max().item(), distance.mean().item()) if distance.numel() else Errors(0.0, 0.0)
 
 
 def ulp(reference: Tensor, dtype: torch.dtype) -> float:
