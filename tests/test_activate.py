@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.ops import _dispatch
 from fastattn.tools import activate as routing
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning")
@@ -90,15 +92,67 @@ def test_modules_arrive_in_training_and_in_evaluation(arrivals):
     assert len(arrivals) == 2
 
 
-def test_compiled_code_arrives(arrivals):
+@pytest.fixture
+def served(monkeypatch):
+    """Names the ops that fastattn serves."""
+    seen = []
+    original = _dispatch.choose
+
+    def choose(op, call):
+        seen.append(op)
+        return original(op, call)
+
+    monkeypatch.setattr(_dispatch, "choose", choose)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": torch.rand(9, 9) < 0.7}, {"attn_mask": torch.rand(2, 1, 9, 9)}],
+    ids=["plain", "causal", "mask", "float mask"],
+)
+def test_compiled_code_follows_the_routing(served, options, dtype):
     torch._dynamo.reset()
-    compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
-    q, k, v = _qkv(1, 2, 5, 8, requires_grad=True)
-    expected = F.scaled_dot_product_attention(q, k, v)
+    if "attn_mask" in options and options["attn_mask"].dtype != torch.bool:
+        options = {"attn_mask": options["attn_mask"].to(dtype)}
+    compiled = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), backend="aot_eager", fullgraph=True
+    )
+    heads_last = [t.transpose(1, 2) for t in _qkv(2, 9, 3, 8, dtype=dtype)]
+    inputs = [t.detach().requires_grad_() for t in heads_last]
+
+    def run():
+        served.clear()
+        out = compiled(*inputs)
+        return out, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    expected = run()
+    assert not served
     with fastattn.activate():
-        torch.testing.assert_close(compiled(q, k, v), expected)
-    assert arrivals
+        found = run()
+    assert served == ["attention", "attention_backward"]
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+        assert got.stride() == want.stride()
+    # Compiled while active, and yet PyTorch's own again; nothing of ours was traced.
     torch._dynamo.reset()
+    with fastattn.activate():
+        run()
+    for got, want in zip(run(), expected, strict=True):
+        assert torch.equal(got, want)
+    assert not served
+    torch._dynamo.reset()
+
+
+def test_operation_counters_see_pytorchs_op():
+    q, k, v = _qkv(1, 2, 5, 8)
+    with FlopCounterMode(display=False) as stock:
+        F.scaled_dot_product_attention(q, k, v)
+    with fastattn.activate(), FlopCounterMode(display=False) as routed:
+        F.scaled_dot_product_attention(q, k, v)
+    assert routed.get_total_flops() == stock.get_total_flops()
 
 
 def test_everything_is_restored():
@@ -183,17 +237,42 @@ def test_bad_input_raises_pytorchs_own_error():
     assert str(routed.value) == str(stock.value)
 
 
-def test_what_only_pytorch_accepts_is_served_by_it_with_a_warning(arrivals):
+def test_a_mask_together_with_is_causal_means_what_it_means_to_pytorch(served):
     q, k, v = _qkv(1, 2, 5, 8)
-    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask = torch.tensor([[True, True, False, True, True]])
     expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
+    with fastattn.activate():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, mask, is_causal=True), expected)
+    assert served == ["attention"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_fastattn_refuses_is_served_by_pytorch_with_one_warning(compiled, monkeypatch):
+    def refuse(op, call):
+        raise fastattn.UnsupportedError(op, {"cpu": ["is asleep"]})
+
+    torch._dynamo.reset()
+    call = (
+        torch.compile(F.scaled_dot_product_attention, backend="aot_eager")
+        if compiled
+        else F.scaled_dot_product_attention
+    )
+    inputs = _qkv(1, 2, 5, 8, requires_grad=True)
+    expected = call(*inputs)
+    expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
+    monkeypatch.setattr(_dispatch, "choose", refuse)
     routing._warned.clear()
-    with fastattn.activate(), pytest.warns(fastattn.FallbackWarning, match="together with is_causal"):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v, mask, is_causal=True), expected)
-    with fastattn.activate(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        F.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
-    assert not arrivals
+    with fastattn.activate(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = call(*inputs)
+        grads = torch.autograd.grad(out.square().sum(), inputs)
+        call(*inputs)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(g, want) for g, want in zip(grads, expected_grads, strict=True))
+    assert {w.category for w in caught} == {fastattn.FallbackWarning}
+    assert 1 <= len(caught) <= 2, "one for each direction"
+    assert "is asleep" in str(caught[0].message)
+    torch._dynamo.reset()
 
 
 def test_importing_activates_nothing():

@@ -169,14 +169,22 @@ def _to_4d(
         if heads_k != heads_v:
             # PyTorch lets key and value have different numbers of heads: share each out to the query heads.
             key, value = (t.repeat_interleave(heads_q // t.shape[-3], dim=-3) for t in (key, value))
-        lead_batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        lead_batch = _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         lead = (*lead_batch, heads_q)
         query, key, value = (t.expand(*lead_batch, *t.shape[-3:]) for t in (query, key, value))
     else:
-        lead = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
+        lead = _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         query, key, value = (t.expand(*lead, *t.shape[-2:]) for t in (query, key, value))
     query, key, value = (_fold(t) for t in (query, key, value))
     return query, key, value, lead
+
+
+def _broadcast(*shapes: torch.Size) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        got = ", ".join(str(list(s)) for s in shapes)
+        raise ValueError(f"leading dimensions of query, key and value must broadcast together, got {got}") from None
 
 
 def _fold(tensor: Tensor) -> Tensor:
