@@ -9,6 +9,8 @@ from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_weights import attention_weights
+from fastattn.ops.feed_forward import feed_forward
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.varlen_attention import varlen_attention
 from fastattn.tools.activate import activate, deactivate
 from fastattn.tools.swap import swap
@@ -27,6 +29,8 @@ __all__ = [
     "backends",
     "biases",
     "deactivate",
+    "feed_forward",
+    "linear_cross_entropy",
     "masks",
     "nn",
     "scaled_dot_product_attention",

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
+from fastattn.reference import feed_forward as feed_forward_formula
+from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference.attention_weights import attention_weights
+from fastattn.spec import feed_forward as feed_forward_spec
+from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
 
@@ -35,6 +39,37 @@ class ReferenceBackend(Backend):
 
     def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
         return attention_weights(call, lse).to(call.query.dtype)
+
+    def feed_forward(self, call: feed_forward_spec.FeedForwardCall) -> Tensor:
+        return feed_forward_formula.feed_forward(call)
+
+    def feed_forward_backward(
+        self, call: feed_forward_spec.FeedForwardCall, dout: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        def formula(c: feed_forward_spec.FeedForwardCall) -> tuple[Tensor]:
+            return (feed_forward_formula.feed_forward(c),)
+
+        return contiguous(gradients(formula, call, feed_forward_spec.DIFFERENTIABLE, needed, [dout]))
+
+    def linear_cross_entropy(self, call: linear_cross_entropy_spec.LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy_formula.linear_cross_entropy(call)
+
+    def linear_cross_entropy_backward(
+        self,
+        call: linear_cross_entropy_spec.LinearCrossEntropyCall,
+        lse: Tensor,
+        dloss: Tensor,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        def formula(c: linear_cross_entropy_spec.LinearCrossEntropyCall) -> tuple[Tensor]:
+            return (linear_cross_entropy_formula.linear_cross_entropy(c)[0],)
+
+        return contiguous(gradients(formula, call, linear_cross_entropy_spec.DIFFERENTIABLE, needed, [dloss]))
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns each tensor in row-major order, as the ops' fakes promise their gradients."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def gradients(

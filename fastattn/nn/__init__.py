@@ -1,6 +1,7 @@
 """Modules: the same constructor, forward and state_dict keys as ``torch.nn``'s; each loads the other's checkpoints."""
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.positional import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 from fastattn.nn.transformer import (
@@ -12,6 +13,7 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
+    "FeedForward",
     "KVCache",
     "LearnedPositionalEncoding",
     "MultiheadAttention",

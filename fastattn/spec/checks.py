@@ -27,10 +27,18 @@ def check_like(name: str, value: object, reference_name: str, reference: Tensor)
     """Raises TypeError unless ``value`` is a tensor with the dtype and device of ``reference``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype != reference.dtype:
+    if value.dtype != reference.dtype and computed_dtype(value) != computed_dtype(reference):
         raise TypeError(f"{name} must have {reference_name}'s dtype {reference.dtype}, got {value.dtype}")
     if value.device != reference.device:
         raise TypeError(f"{name} must be on {reference_name}'s device {reference.device}, got {value.device}")
+
+
+def computed_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype in which an op sees ``tensor``: where autocast is on, the one it casts to."""
+    device_type = tensor.device.type
+    if device_type not in ("cpu", "cuda") or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:

@@ -1,0 +1,225 @@
+"""Feed-forward and linear + cross entropy on PyTorch's matrix products, a block at a time.
+
+Serves the CPU backend where PyTorch's product is the best there is: bfloat16 on a processor with AMX, float64, and the
+large products of the loss.  Nothing here holds [tokens, ff_dim] or [tokens, vocab_size].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
+from fastattn.reference.linear_cross_entropy import reduce
+from fastattn.reference.philox import keep_mask
+from fastattn.spec.attention import lse_dtype
+from fastattn.spec.feed_forward import FeedForwardCall
+from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
+
+# Elements of a block of hidden activations: forward it should stay in the second-level caches; backward three such
+# blocks are read by products that sum over its tokens, which want them long.
+_FORWARD_BLOCK = 1 << 19
+_BACKWARD_BLOCK = 1 << 22
+
+# Classes and elements of a block of logits.
+_VOCAB_BLOCK = 4096
+_LOGITS_BLOCK = 1 << 20
+
+# From the gradient of the activation and what was activated to the latter's gradient.
+_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "gelu": lambda grad, x: torch.ops.aten.gelu_backward(grad, x),
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "silu": lambda grad, x: torch.ops.aten.silu_backward(grad, x),
+}
+
+
+def feed_forward(call: FeedForwardCall, out: Tensor) -> None:
+    """Writes the block's result to ``out`` [..., out_dim], contiguous."""
+    x, out = call.input.reshape(call.num_tokens, -1), out.view(call.num_tokens, -1)
+    for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim):
+        hidden = _hidden(call, x[rows], rows)[0]
+        if call.bias_out is None:
+            torch.mm(hidden, call.weight_out.t(), out=out[rows])
+        else:
+            torch.addmm(call.bias_out, hidden, call.weight_out.t(), out=out[rows])
+
+
+def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed, recomputing the hidden activation."""
+    need_x, need_in, need_bias_in, need_gate, need_bias_gate, need_out, need_bias_out = needed
+    x, dout = call.input.reshape(call.num_tokens, -1), dout.reshape(call.num_tokens, -1)
+    dx = torch.empty_like(x) if need_x else None
+    dweight_in, dweight_gate, dweight_out = _Sum(), _Sum(), _Sum()
+    dbias_in, dbias_gate, dbias_out = _Sum(), _Sum(), _Sum()
+    for rows in _blocks(call.num_tokens, _BACKWARD_BLOCK // call.ff_dim):
+        hidden, before, gate, keep = _hidden(call, x[rows], rows)
+        dhidden = dout[rows] @ call.weight_out
+        if keep is not None:
+            dhidden = (dhidden / (1.0 - call.dropout_p)).where(keep, 0.0)
+        if need_out:
+            dweight_out.add(dout[rows].t() @ hidden)
+        if need_bias_out:
+            dbias_out.add(dout[rows].sum(0, dtype=lse_dtype(dout.dtype)))
+        dbefore = _ACTIVATION_BACKWARD[call.activation](dhidden if gate is None else dhidden * gate, before)
+        if need_in:
+            dweight_in.add(dbefore.t() @ x[rows])
+        if need_bias_in:
+            dbias_in.add(dbefore.sum(0, dtype=lse_dtype(dout.dtype)))
+        if dx is not None:
+            torch.mm(dbefore, call.weight_in, out=dx[rows])
+        if gate is not None:
+            assert call.weight_gate is not None
+            dgate = dhidden * ACTIVATION_FUNCTIONS[call.activation](before)
+            if need_gate:
+                dweight_gate.add(dgate.t() @ x[rows])
+            if need_bias_gate:
+                dbias_gate.add(dgate.sum(0, dtype=lse_dtype(dout.dtype)))
+            if dx is not None:
+                dx[rows].addmm_(dgate, call.weight_gate)
+    sums = (dweight_in, dbias_in, dweight_gate, dbias_gate, dweight_out, dbias_out)
+    return [None if dx is None else dx.view(call.input.shape), *(s.rounded(x.dtype) for s in sums)]
+
+
+def _hidden(call: FeedForwardCall, x: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns, for a block of tokens, the hidden activation, what was activated, the gate and what dropout keeps."""
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+    before, gate, keep = linear(call.weight_in, call.bias_in), None, None
+    hidden = ACTIVATION_FUNCTIONS[call.activation](before)
+    if call.weight_gate is not None:
+        gate = linear(call.weight_gate, call.bias_gate)
+        hidden = hidden * gate
+    if call.dropout_state is not None:
+        keep = keep_mask(call.dropout_state, call.dropout_p, 1, call.num_tokens, call.ff_dim)[0, rows]
+        hidden = (hidden / (1.0 - call.dropout_p)).where(keep, 0.0)
+    return hidden, before, gate, keep
+
+
+def linear_cross_entropy(call: LinearCrossEntropyCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns ``(loss, lse)``.
+
+    Args:
+        call: the canonical call.
+        dtype: of the products' inputs; float32 where half precision is faster widened.
+    """
+    tokens = _Counted(call, dtype)
+    lse = tokens.hidden.new_full(tokens.target.shape, float("-inf"), dtype=lse_dtype(dtype))
+    picked, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    for classes in _blocks(call.vocab_size, _VOCAB_BLOCK):
+        weight = call.weight[classes].to(dtype)
+        for rows in _blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
+            logits = tokens.logits(rows, weight, classes)
+            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
+            at, here = tokens.position(rows, classes)
+            picked[rows] += logits.gather(1, at[:, None])[:, 0].where(here, 0.0)
+            if call.label_smoothing > 0.0:
+                total[rows] += logits.sum(dim=1)
+    loss = lse - picked
+    if call.label_smoothing > 0.0:
+        loss = (1.0 - call.label_smoothing) * loss + call.label_smoothing * (lse - total / call.vocab_size)
+    return reduce(tokens.spread(loss), call), tokens.spread(lse)
+
+
+def linear_cross_entropy_backward(
+    call: LinearCrossEntropyCall, lse: Tensor, dloss: Tensor, needed: Sequence[bool], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed, recomputing the logits."""
+    need_hidden, need_weight, need_bias = needed
+    tokens = _Counted(call, dtype)
+    lse = tokens.gather(lse)
+    scale = tokens.gather(dloss) if call.reduction == "none" else dloss.expand_as(lse)
+    if call.reduction == "mean":
+        scale = scale / max(len(lse), 1)
+    dhidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=lse.dtype) if need_hidden else None
+    dweight = call.weight.new_empty(call.weight.shape) if need_weight else None
+    dbias = call.weight.new_empty(call.vocab_size) if need_bias else None
+    for classes in _blocks(call.vocab_size, _VOCAB_BLOCK):
+        weight = call.weight[classes].to(dtype)
+        dweight_here, dbias_here = _Sum(), _Sum()
+        for rows in _blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
+            dlogits = tokens.logits(rows, weight, classes).sub_(lse[rows, None]).exp_()
+            at, here = tokens.position(rows, classes)
+            dlogits.scatter_add_(1, at[:, None], (here.to(dlogits.dtype) * (call.label_smoothing - 1.0))[:, None])
+            if call.label_smoothing > 0.0:
+                dlogits -= call.label_smoothing / call.vocab_size
+            dlogits *= scale[rows, None]
+            if dbias is not None:
+                dbias_here.add(dlogits.sum(0))
+            dlogits = dlogits.to(dtype)
+            if dhidden is not None:
+                dhidden[rows] += dlogits @ weight
+            if dweight is not None:
+                dweight_here.add(dlogits.t() @ tokens.hidden[rows])
+        if dweight is not None:
+            dweight[classes] = dweight_here.value_or_zero
+        if dbias is not None:
+            dbias[classes] = dbias_here.value_or_zero
+    if dhidden is not None:
+        dhidden = tokens.spread(dhidden.to(call.hidden.dtype)).view(call.hidden.shape)
+    return [dhidden, dweight, dbias]
+
+
+class _Counted:
+    """The tokens that are not ignored, one after another, so that what is ignored costs nothing and reaches nothing."""
+
+    def __init__(self, call: LinearCrossEntropyCall, dtype: torch.dtype) -> None:
+        self.call = call
+        hidden, target = call.hidden.reshape(call.num_tokens, -1), call.target.reshape(-1)
+        counted = target != call.ignore_index
+        self.index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+        self.hidden, self.target = self.gather(hidden).to(dtype), self.gather(target)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Picks the tokens that count from [num_tokens, ...] or [...]."""
+        if tensor.shape == self.call.target.shape:
+            tensor = tensor.reshape(-1)
+        return tensor if self.index is None else tensor[self.index]
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Puts what was computed for the tokens that count back among all: [..., *tensor.shape[1:]], 0 elsewhere."""
+        if self.index is not None:
+            everywhere = tensor.new_zeros((self.call.num_tokens, *tensor.shape[1:]))
+            tensor = everywhere.index_copy_(0, self.index, tensor)
+        return tensor.view(*self.call.target.shape, *tensor.shape[1:])
+
+    def logits(self, rows: slice, weight: Tensor, classes: slice) -> Tensor:
+        """Returns a block of logits in the accumulator's dtype."""
+        logits = (self.hidden[rows] @ weight.t()).to(lse_dtype(self.hidden.dtype))
+        return logits if self.call.bias is None else logits.add_(self.call.bias[classes])
+
+    def position(self, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
+        """Returns where in a block of classes the targets are (0 for those elsewhere), and which are there."""
+        at = self.target[rows] - classes.start
+        here = (at >= 0) & (at < classes.stop - classes.start)
+        return at.where(here, 0), here
+
+
+class _Sum:
+    """A sum of tensors in the accumulator's dtype; a single one is kept as it is."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, tensor: Tensor) -> None:
+        if self.value is None:
+            self.value = tensor
+        else:
+            self.value = self.value.to(lse_dtype(tensor.dtype)).add_(tensor)
+
+    @property
+    def value_or_zero(self) -> Tensor | float:
+        return 0.0 if self.value is None else self.value
+
+    def rounded(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.value is None else self.value.to(dtype)
+
+
+def _blocks(size: int, step: int) -> Iterator[slice]:
+    """Cuts ``range(size)`` into slices of at least one and at most ``step``."""
+    step = max(step, 1)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))

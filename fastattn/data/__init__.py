@@ -1,1 +1,0 @@
-"""Package data: the CMU dictionary, and the model trained on it."""

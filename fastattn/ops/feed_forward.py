@@ -1,0 +1,154 @@
+"""The Transformer's feed-forward block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.reference import gradients
+from fastattn.ops import _dispatch
+from fastattn.ops._registry import define
+from fastattn.reference import feed_forward as formula
+from fastattn.spec.feed_forward import DIFFERENTIABLE, FeedForwardCall, empty_output, feed_forward_call
+
+_CALL_SCHEMA = """
+    Tensor input, Tensor weight_in, Tensor? bias_in, Tensor? weight_gate, Tensor? bias_gate, Tensor weight_out,
+    Tensor? bias_out, Tensor? dropout_state, str activation, float dropout_p, str backend"""
+_NUM_FIELDS = len(FeedForwardCall._fields)
+_NUM_TENSORS = FeedForwardCall._fields.index("activation")
+
+
+def feed_forward(
+    input: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    activation: str = "relu",
+    weight_gate: Tensor | None = None,
+    bias_gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The feed-forward block: two linear maps with an activation, and optionally a gate, between them.
+
+    ``out = dropout(act(x @ weight_in^T + bias_in) [* (x @ weight_gate^T + bias_gate)]) @ weight_out^T + bias_out``.
+    The hidden activation is never held for more than a block of tokens, forward and backward.
+
+    Args:
+        input: x, [..., model_dim]; float32, bfloat16, float16 or float64; any strides.
+        weight_in: [ff_dim, model_dim], as ``nn.Linear`` stores it.
+        bias_in: [ff_dim] or None.
+        weight_out: [out_dim, ff_dim]; out_dim is usually model_dim.
+        bias_out: [out_dim] or None.
+        activation: "relu" | "gelu" | "gelu_tanh" | "silu".
+        weight_gate: [ff_dim, model_dim]; with it the block is gated: GLU variants, "silu" for SwiGLU, "gelu" for GeGLU.
+        bias_gate: [ff_dim] or None.
+        dropout_p: probability of dropping an element of the hidden activation, in [0, 1), as does the dropout between
+            the two linear layers of ``nn.TransformerEncoderLayer``; survivors are scaled by ``1 / (1 - dropout_p)``.
+            Applied whenever it is above 0.
+        generator: source of the dropout's seed; by default the device's global one.
+        backend: "reference" | "cpu"; by default the first that supports the call.
+
+    Returns:
+        [..., out_dim], contiguous, in input's dtype.
+
+    Raises:
+        ValueError: shapes or numbers do not fit, or there is no such activation.
+        TypeError: dtypes or devices do not fit.
+        UnsupportedError: the backend asked for cannot serve the call.
+
+    Differs from ``F.linear(act(F.linear(...)))``: in half precision the hidden activation stays in float32 (where AMX
+    multiplies it is rounded as PyTorch rounds it), and autograd stores the input alone and recomputes.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve
+    Transformer", 2020.
+    """
+    call = feed_forward_call(
+        input,
+        weight_in,
+        bias_in,
+        weight_out,
+        bias_out,
+        activation=activation,
+        weight_gate=weight_gate,
+        bias_gate=bias_gate,
+        dropout_p=dropout_p,
+        generator=generator,
+        backend=_dispatch.resolve(backend),
+    )
+    if _dispatch.needs_reference_derivatives(*(getattr(call, field) for field in DIFFERENTIABLE)):
+        _dispatch.warn_reference("feed_forward", "forward-mode derivatives and torch.func transforms have no kernel")
+        return formula.feed_forward(call)
+    return _feed_forward(*call)
+
+
+def _kernel(*args: Any) -> Tensor:
+    call = FeedForwardCall(*args)
+    if call.num_tokens == 0:
+        return empty_output(call)
+    return _dispatch.choose("feed_forward", call).feed_forward(call)  # type: ignore[attr-defined]
+
+
+def _fake(*args: Any) -> Tensor:
+    return empty_output(FeedForwardCall(*args))
+
+
+def _backward_kernel(*args: Any) -> list[Tensor]:
+    call = FeedForwardCall(*args[:_NUM_FIELDS])
+    dout, needed = args[_NUM_FIELDS:]
+    if call.num_tokens == 0:
+        return [g.zero_() for g in _backward_fake(*args)]
+    backend = _dispatch.choose("feed_forward_backward", call)
+    found = backend.feed_forward_backward(call, dout, needed)  # type: ignore[attr-defined]
+    return [call.input.new_empty(0) if g is None else g for g in found]
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    call, needed = FeedForwardCall(*args[:_NUM_FIELDS]), args[-1]
+    tensors = [getattr(call, field) for field in DIFFERENTIABLE]
+    return [
+        t.new_empty(t.shape) if need and t is not None else call.input.new_empty(0)
+        for t, need in zip(tensors, needed, strict=True)
+    ]
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:_NUM_TENSORS])
+        ctx.numbers = args[_NUM_TENSORS:]
+        return _feed_forward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        call = FeedForwardCall(*ctx.saved_tensors, *ctx.numbers)
+        needed = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
+        if torch.is_grad_enabled():
+            found = gradients(
+                lambda c: (formula.feed_forward(c),), call, DIFFERENTIABLE, needed, [dout], create_graph=True
+            )
+        else:
+            found = _feed_forward_backward(*call, dout, needed)
+        grads = [g if need else None for g, need in zip(found, needed, strict=True)]
+        return (*grads, *(None,) * (_NUM_FIELDS - len(grads)))
+
+
+_feed_forward = define(
+    "feed_forward",
+    f"({_CALL_SCHEMA}) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    function=_FeedForward,
+    autocast=True,
+)
+_feed_forward_backward = define(
+    "feed_forward_backward",
+    f"({_CALL_SCHEMA}, Tensor dout, bool[] needed) -> Tensor[]",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)

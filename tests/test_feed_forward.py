@@ -1,0 +1,389 @@
+"""The feed-forward block: every backend and instruction set against the formula in float64 and eager PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import assert_as_exact_as_eager
+from torch import Tensor
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.reference.philox import keep_mask
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu"]
+NAMES = ["input", "weight_in", "bias_in", "weight_gate", "bias_gate", "weight_out", "bias_out"]
+
+try:
+    from fastattn import _cpu
+except ImportError:
+    _cpu = None
+ISAS = [] if _cpu is None else _cpu.available_isas()
+BACKENDS = ["reference", *ISAS]
+
+
+@pytest.fixture
+def backend(request):
+    """Selects a backend; an instruction set's name means "cpu" on that instruction set."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    _cpu.set_isa(request.param)
+    yield "cpu"
+    _cpu.set_isa(ISAS[-1])
+
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+def through_the_reference(test):
+    """Marks a test of forward-mode derivatives: they say that they run on the reference, and PyTorch scripts them."""
+    for warning in ("ignore::fastattn.FallbackWarning", "ignore:.*torch.jit:DeprecationWarning"):
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
+
+
+def tensors(lead, model_dim, ff_dim, *, gated=True, biased=True, out_dim=None, dtype=torch.float32, seed=0):
+    """Returns random inputs of a block by name, of a size that a trained one has."""
+    out_dim = model_dim if out_dim is None else out_dim
+    shapes = {
+        "input": (*lead, model_dim),
+        "weight_in": (ff_dim, model_dim),
+        "bias_in": (ff_dim,),
+        "weight_gate": (ff_dim, model_dim),
+        "bias_gate": (ff_dim,),
+        "weight_out": (out_dim, ff_dim),
+        "bias_out": (out_dim,),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor | None] = {}
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if name.startswith("weight") else 1.0
+        made[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
+        if ("gate" in name and not gated) or ("bias" in name and not biased):
+            made[name] = None
+    return made
+
+
+def run(inputs: dict[str, Tensor | None], function: Any) -> dict[str, Tensor]:
+    """Returns a function's output and its gradients by name."""
+    leaves = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    out = function(**leaves)
+    direction = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out.dtype)
+    present = {name: t for name, t in leaves.items() if t is not None}
+    grads = torch.autograd.grad(out, present.values(), direction)
+    return {"out": out.detach()} | dict(zip(present, grads, strict=True))
+
+
+def eager(activation, keep=None, dropout_p=0.0):
+    """Returns the block as a user of PyTorch writes it, with a given dropout mask."""
+    act = {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+    }[activation]
+
+    def block(input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out):
+        hidden = act(F.linear(input, weight_in, bias_in))
+        if weight_gate is not None:
+            hidden = hidden * F.linear(input, weight_gate, bias_gate)
+        if keep is not None:
+            hidden = hidden * keep.view(hidden.shape) / (1 - dropout_p)
+        return F.linear(hidden, weight_out, bias_out)
+
+    return block
+
+
+def fused(**options):
+    return lambda **leaves: fastattn.feed_forward(**leaves, **options)
+
+
+def doubled(inputs):
+    return {name: None if t is None else t.double() for name, t in inputs.items()}
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_as_exact_as_eager(backend, dtype, activation, gated):
+    inputs = tensors((3, 45), 72, 200, gated=gated, dtype=dtype)
+    found = run(inputs, fused(activation=activation, backend=backend))
+    exact = run(doubled(inputs), eager(activation))
+    assert_as_exact_as_eager(found, exact, run(inputs, eager(activation)))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_exact_as_eager_at_size(backend, dtype):
+    """Several blocks of tokens, of hidden units and of the summed dimensions."""
+    inputs = tensors((700,), 300, 1100, gated=False, dtype=dtype, seed=1)
+    found = run(inputs, fused(activation="gelu", backend=backend))
+    assert_as_exact_as_eager(found, run(doubled(inputs), eager("gelu")), run(inputs, eager("gelu")))
+
+
+@every_backend
+@pytest.mark.parametrize("tokens", [1, 2, 5, 15, 16, 17, 31, 33, 63, 65, 129])
+@pytest.mark.parametrize(("model_dim", "ff_dim", "out_dim"), [(1, 1, 1), (3, 7, 2), (17, 65, 33), (64, 48, 8)])
+def test_every_edge(backend, tokens, model_dim, ff_dim, out_dim):
+    inputs = tensors((tokens,), model_dim, ff_dim, out_dim=out_dim, seed=tokens)
+    found = run(inputs, fused(activation="silu", backend=backend))
+    for name, expected in run(doubled(inputs), eager("silu")).items():
+        torch.testing.assert_close(
+            found[name].double(), expected, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_dropout_drops_what_the_generator_says(backend, dtype, gated):
+    inputs = tensors((3, 23), 16, 70, gated=gated, dtype=dtype)
+    state = torch.randint((1 << 63) - 1, (2,), generator=torch.Generator().manual_seed(5))
+    keep = keep_mask(state, 0.3, 1, 69, 70)
+    assert 0.6 < keep.float().mean() < 0.8
+
+    def dropped(**leaves):
+        generator = torch.Generator().manual_seed(5)
+        return fastattn.feed_forward(**leaves, activation="gelu", dropout_p=0.3, generator=generator, backend=backend)
+
+    exact = run(doubled(inputs), eager("gelu", keep, 0.3))
+    assert_as_exact_as_eager(run(inputs, dropped), exact, run(inputs, eager("gelu", keep, 0.3)))
+
+
+@every_backend
+def test_dropout_follows_the_global_generator(backend):
+    inputs = tensors((40,), 8, 64)
+    torch.manual_seed(3)
+    a = fastattn.feed_forward(**inputs, dropout_p=0.5, backend=backend)
+    b = fastattn.feed_forward(**inputs, dropout_p=0.5, backend=backend)
+    torch.manual_seed(3)
+    assert torch.equal(a, fastattn.feed_forward(**inputs, dropout_p=0.5, backend=backend))
+    assert not torch.equal(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(backend, dtype):
+    inputs = tensors((4, 6), 24, 40, dtype=dtype)
+    strided = dict(inputs)
+    strided["input"] = inputs["input"].transpose(0, 1).contiguous().transpose(0, 1)
+    strided["weight_in"] = F.pad(inputs["weight_in"], (3, 5))[:, 3:-5]
+    strided["weight_out"] = inputs["weight_out"].t().contiguous().t()
+    strided["weight_gate"] = torch.cat([inputs["weight_gate"]] * 2)[::2].copy_(inputs["weight_gate"])
+    strided["bias_in"] = torch.stack([inputs["bias_in"]] * 2, 1)[:, 0]
+    leaves = {name: t.detach().requires_grad_() for name, t in strided.items()}
+    out = fastattn.feed_forward(**leaves, backend=backend)
+    direction = torch.randn_like(out).transpose(0, 1).contiguous().transpose(0, 1)
+    grads = torch.autograd.grad(out, leaves.values(), direction)
+    plain = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    expected = fastattn.feed_forward(**plain, backend=backend)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    expected_grads = torch.autograd.grad(expected, plain.values(), direction)
+    for grad, right in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+@every_backend
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3, 4), (0,), (2, 0)])
+def test_leading_dimensions(backend, lead):
+    inputs = tensors(lead, 12, 20)
+    found, expected = run(inputs, fused(backend=backend)), run(inputs, eager("relu"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "wanted", [*itertools.combinations(NAMES, 1), ("input", "bias_out"), ("weight_in", "weight_gate")]
+)
+def test_only_the_gradients_asked_for(backend, wanted):
+    inputs = tensors((30,), 12, 20)
+    everything = run(inputs, fused(activation="gelu", backend=backend))
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+    out = fastattn.feed_forward(**leaves, activation="gelu", backend=backend)
+    direction = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out.dtype)
+    out.backward(direction)
+    for name, leaf in leaves.items():
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, everything[name])
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_bits_at_any_thread_count(backend, dtype):
+    inputs = tensors((300,), 96, 640, dtype=dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                run(
+                    inputs,
+                    fused(
+                        activation="silu", dropout_p=0.1, generator=torch.Generator().manual_seed(1), backend=backend
+                    ),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_token_of_nan_stays_alone(backend, activation):
+    inputs = tensors((20,), 8, 33)
+    right = fastattn.feed_forward(**inputs, activation=activation, backend=backend)
+    inputs["input"][7] = float("nan")
+    out = fastattn.feed_forward(**inputs, activation=activation, backend=backend)
+    assert out[7].isnan().all()
+    others = torch.arange(20) != 7
+    torch.testing.assert_close(out[others], right[others])
+
+
+@through_the_reference
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_derivatives_of_every_order(activation, gated):
+    inputs = {n: t for n, t in tensors((5,), 3, 4, gated=gated, dtype=torch.float64).items() if t is not None}
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    generator = torch.Generator()
+
+    def block(*args):
+        generator.manual_seed(0)
+        full = dict.fromkeys(NAMES) | dict(zip(inputs, args, strict=True))
+        return fastattn.feed_forward(**full, activation=activation, dropout_p=0.2, generator=generator)
+
+    assert torch.autograd.gradcheck(block, leaves)
+    assert torch.autograd.gradgradcheck(block, leaves)
+    assert torch.autograd.gradcheck(block, leaves, check_forward_ad=True, check_backward_ad=False)
+
+
+@through_the_reference
+def test_torch_func():
+    inputs = tensors((4, 6), 5, 7, dtype=torch.float64)
+    rest = {name: t for name, t in inputs.items() if name != "input"}
+    each = torch.func.vmap(lambda x: fastattn.feed_forward(x, **rest))(inputs["input"])
+    torch.testing.assert_close(each, fastattn.feed_forward(**inputs))
+    jacobian = torch.func.jacrev(lambda x: fastattn.feed_forward(x, **rest))(inputs["input"][0, 0])
+    expected = torch.autograd.functional.jacobian(lambda x: fastattn.feed_forward(x, **rest), inputs["input"][0, 0])
+    torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(gated, dtype):
+    inputs = tensors((2, 9), 8, 12, gated=gated, dtype=dtype)
+    args = [None if t is None else t.requires_grad_() for t in (inputs[n] for n in NAMES)]
+    state = torch.tensor([3, 4])
+    torch.library.opcheck(torch.ops.fastattn.feed_forward.default, (*args, state, "gelu", 0.25, ""))
+    dout = torch.randn(2, 9, 8, dtype=dtype)
+    plain = [None if t is None else t.detach() for t in args]
+    needed = [t is not None for t in plain]
+    torch.library.opcheck(
+        torch.ops.fastattn.feed_forward_backward.default, (*plain, state, "gelu", 0.25, "", dout, needed)
+    )
+
+
+def test_compile():
+    inputs = tensors((2, 9), 8, 12)
+
+    def block(**leaves):
+        return fastattn.feed_forward(**leaves, activation="gelu") * 2.0
+
+    found = run(inputs, torch.compile(block, fullgraph=True, backend="aot_eager"))
+    for name, expected in run(inputs, block).items():
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_export():
+    module = fastattn.nn.FeedForward(8, 12, activation="silu", gated=True).eval()
+    x = torch.randn(2, 5, 8)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes=({1: tokens},))
+    other = torch.randn(2, 11, 8)
+    torch.testing.assert_close(program.module()(other), module(other))
+
+
+@every_backend
+def test_autocast(backend):
+    inputs = tensors((2, 9), 8, 12)
+    inputs["input"] = inputs["input"].bfloat16()  # as what an earlier layer returns under autocast
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastattn.feed_forward(**leaves, backend=backend)
+    assert out.dtype == torch.bfloat16
+    cast = {name: t.detach().bfloat16() for name, t in inputs.items()}
+    torch.testing.assert_close(out, fastattn.feed_forward(**cast, backend=backend))
+    out.sum().backward()
+    assert leaves["weight_in"].grad.dtype == torch.float32
+
+
+def bad(**changes: Any) -> dict[str, Any]:
+    return tensors((2, 3), 8, 12) | changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (bad(input=torch.randn(2, 7)), ValueError, r"weight_in must be \[ff_dim >= 1, model_dim=7\], got \[12, 8\]"),
+        (bad(input=torch.randn(2, 0)), ValueError, r"model_dim >= 1, got \[2, 0\]"),
+        (bad(input=torch.tensor(1.0)), ValueError, r"input must be \[..., model_dim\]"),
+        (bad(input=[1.0]), TypeError, "input must be a tensor, got list"),
+        (bad(input=torch.ones(2, 8, dtype=torch.int32)), TypeError, "got torch.int32"),
+        (bad(weight_in=torch.randn(12, 8).double()), TypeError, "dtype torch.float32, got torch.float64"),
+        (bad(weight_in=torch.randn(12, 8, device="meta")), TypeError, "must be on input's device cpu, got meta"),
+        (bad(weight_in=torch.randn(12)), ValueError, r"weight_in must be"),
+        (bad(weight_out=torch.randn(8, 11)), ValueError, r"weight_out must be \[model_dim >= 1, ff_dim=12\]"),
+        (bad(bias_in=torch.randn(11)), ValueError, r"bias_in must have shape \[12\], got \[11\]"),
+        (bad(bias_out=torch.randn(1)), ValueError, r"bias_out must have shape \[8\], got \[1\]"),
+        (bad(weight_gate=torch.randn(11, 8)), ValueError, r"weight_gate must have shape \[12, 8\]"),
+        (bad(weight_gate=None), ValueError, "bias_gate needs weight_gate"),
+        (bad(activation="swish"), ValueError, "activation must be one of .*, got 'swish'"),
+        (bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        (bad(dropout_p=float("nan")), ValueError, "dropout_p must be finite"),
+        (bad(backend="tpu"), ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastattn.feed_forward(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "expected"),
+    [
+        ((), torch.float32, False),
+        (("amx_bf16", "amx_tile"), torch.float32, False),
+        (("amx_bf16", "amx_tile"), torch.bfloat16, True),
+        (("avx512_bf16",), torch.bfloat16, False),
+        ((), torch.bfloat16, False),
+        (("amx_bf16",), torch.float16, False),
+        ((), torch.float64, True),
+    ],
+)
+def test_products_go_through_torch_where_amx_is(flags, dtype, expected):
+    assert cpu.uses_torch_products(flags, dtype) is expected
+
+
+@pytest.mark.skipif(_cpu is None, reason="needs the extension")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_both_routes_are_exact(dtype, monkeypatch):
+    """The route that this machine's flags do not choose is tested too."""
+    inputs = tensors((150,), 40, 100, dtype=dtype)
+    exact, stock = run(doubled(inputs), eager("gelu")), run(inputs, eager("gelu"))
+    for route in (True, False) if dtype != torch.float64 else (True,):
+        monkeypatch.setattr(cpu, "uses_torch_products", lambda flags, dtype, route=route: route)
+        assert_as_exact_as_eager(run(inputs, fused(activation="gelu", backend="cpu")), exact, stock)
