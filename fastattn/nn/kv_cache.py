@@ -22,8 +22,8 @@ class KVCache:
     ``fastattn.masks.Causal``; a single new position needs no mask at all.
 
     Args:
-        max_len: positions to allocate for at once. None starts small and doubles when full, so that a position is copied
-            a constant number of times on average; with it nothing is ever copied, and going past it is an error.
+        max_len: positions to allocate for at once: nothing is ever copied, and going past it is an error. None starts
+            small and doubles when full, so that a position is copied a constant number of times on average.
 
     Raises:
         ValueError: ``max_len`` is not positive, tensors do not fit the entry, or ``max_len`` positions are exceeded.
@@ -62,7 +62,7 @@ class KVCache:
         return entry.append(key, value)
 
     def fixed(self, module: nn.Module, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values of one module's cross-attention: those of the first call, whatever ``project`` would give now.
+        """Keys and values of one module's cross-attention: those of the first call, ever after.
 
         Args:
             module: the attention module that asks.

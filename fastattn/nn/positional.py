@@ -24,8 +24,8 @@ class SinusoidalPositionalEncoding(nn.Module):
     Raises:
         ValueError: sizes that are not positive, or an input with another last dimension.
 
-    Source: Vaswani et al. 2017, section 3.5. PyTorch has no twin. The table is computed, not learned: it stays out of the
-    state_dict, and a model cast to another dtype gets a table rounded once from float64, not twice.
+    Source: Vaswani et al. 2017, section 3.5. PyTorch has no twin. The table is computed, not learned: it stays out of
+    the state_dict, and a model cast to float64 gets one that was never rounded to float32.
     """
 
     def __init__(self, model_dim: int, max_len: int = 512, dropout: float = 0.0, base: float = 10000.0) -> None:
@@ -118,7 +118,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.base, self.interleaved = head_dim, base, interleaved
 
     def forward(self, input: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
-        """``input`` rotated to positions ``offset, offset + 1, ...``, or to ``positions`` (broadcast to [..., seq_len])."""
+        """``input`` rotated to positions ``offset, offset + 1, ...``, or to ``positions [..., seq_len]``."""
         end = _checked_end(input, self.head_dim, offset)
         if positions is None:
             positions = torch.arange(offset, end, device=input.device)

@@ -1,0 +1,1 @@
+"""Package data: the CMU dictionary, and the model trained on it."""
