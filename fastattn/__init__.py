@@ -13,6 +13,8 @@ from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.varlen_attention import varlen_attention
 from fastattn.tools.activate import activate, deactivate
+from fastattn.tools.explain import explain
+from fastattn.tools.maps import record_attention
 from fastattn.tools.swap import swap
 from fastattn.tools.verify import verify
 
@@ -29,10 +31,12 @@ __all__ = [
     "backends",
     "biases",
     "deactivate",
+    "explain",
     "feed_forward",
     "linear_cross_entropy",
     "masks",
     "nn",
+    "record_attention",
     "scaled_dot_product_attention",
     "swap",
     "use_backend",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,8 +20,13 @@ class _Requested(threading.local):
     name = ""
 
 
+class _Observers(threading.local):
+    callbacks: tuple[Callable[[str, Any, Backend], None], ...] = ()
+
+
 # threading.local and not a ContextVar, which torch.compile cannot trace.
 _requested = _Requested()
+_observers = _Observers()
 
 _warned: set[tuple[str, str]] = set()
 
@@ -68,12 +73,34 @@ def check_name(name: str) -> str:
     return name
 
 
+@contextmanager
+def observe(callback: Callable[[str, Any, Backend], None] | None) -> Iterator[None]:
+    """Calls ``callback(op, call, backend)`` before each op of this thread in the block; None mutes the others.
+
+    ``call`` is the canonical one.  Ops that the callback itself runs are not observed.
+    """
+    before = _observers.callbacks
+    _observers.callbacks = () if callback is None else (*before, callback)
+    try:
+        yield
+    finally:
+        _observers.callbacks = before
+
+
 def choose(op: str, call: Any) -> Backend:
     """Returns the backend for ``call``: the one it names, else the first that supports it.
 
     Raises:
         UnsupportedError: with each backend's reasons.
     """
+    backend = _choose(op, call)
+    for callback in _observers.callbacks:
+        with observe(None):
+            callback(op, call, backend)
+    return backend
+
+
+def _choose(op: str, call: Any) -> Backend:
     if call.backend:
         backend = _backends.BY_NAME[call.backend]
         why = backend.refuses(op, call)
@@ -100,7 +127,7 @@ def warn_reference(op: str, why: str) -> None:
         f"fastattn.{op} runs on the reference backend, which is slower and holds all that the formula holds, "
         f"because: {why}",
         FallbackWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
