@@ -107,7 +107,8 @@ class BuildExt(build_ext):
                     f"fastattn: the C++ extension failed to build and FASTATTN_REQUIRE_CPU=1: {error}"
                 ) from error
             print(
-                f"\nWARNING: fastattn is installed WITHOUT its C++ kernels and will run on the slow reference backend.\n{error}\n",
+                "\nWARNING: fastattn is installed WITHOUT its C++ kernels and runs on the slow reference backend.\n"
+                f"{error}\n",
                 file=sys.stderr,
                 flush=True,
             )

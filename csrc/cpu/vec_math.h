@@ -72,7 +72,7 @@ inline Vec<T> exp2(Vec<T> x) {
 #if defined(FASTATTN_ISA_AVX512)
   // The remainder of an infinity is 0 and scalef takes infinite powers: no clamp.
   const Vec<T> r = round_remainder(x);
-  return ldexp(fma(polynomial(r, C::kExp2), r, one), round(x));
+  return ldexp(fma(polynomial(r, C::kExp2), r, one), x - r);
 #else
   const Vec<T> lowest = Vec<T>::set1(C::kExponentMin);
   const Vec<T> clamped = max(lowest, min(Vec<T>::set1(C::kExponentMax), x));
