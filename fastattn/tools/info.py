@@ -1,0 +1,121 @@
+"""``fastattn info``: what is here, what can run, and how to get the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import fastattn
+from fastattn.tools.table import heading, table
+
+_OPTIONAL = ("numpy", "safetensors", "tokenizers", "matplotlib", "triton")
+
+
+def report() -> str:
+    """Returns the whole of ``fastattn info``."""
+    sections = [("versions", versions()), ("processor", processor()), ("settings", settings())]
+    parts = [f"{heading(title)}\n{_pairs(pairs)}" for title, pairs in sections]
+    parts.append(f"{heading('backends')}\n{backends_table()}")
+    return "\n\n".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what fastattn stands on."""
+    found = {
+        "fastattn": fastattn.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+    }
+    for name in _OPTIONAL:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def processor() -> dict[str, str]:
+    """Returns the CPU, its instruction sets as the kernels see them, and the threads."""
+    found = {
+        "CPU": cpu_name(),
+        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        "torch threads": str(torch.get_num_threads()),
+    }
+    kernels = _kernels()
+    if kernels is not None:
+        found["kernels run on"] = kernels.isa()
+        found["kernels built for"] = ", ".join(kernels.available_isas())
+        found["CPU features"] = _listed(kernels.cpu_flags())
+    return found
+
+
+def settings() -> dict[str, str]:
+    """Returns the environment variables that fastattn and its threads read."""
+    names = sorted(n for n in os.environ if n.startswith("FASTATTN_")) + ["OMP_NUM_THREADS", "KMP_AFFINITY"]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return found or {"environment": "no FASTATTN_* or OMP_* variable is set"}
+
+
+def backends_table() -> str:
+    """Returns what can run here, in the order in which the automatic choice asks, and how to get the rest."""
+    rows = []
+    for name, status in fastattn.backends().items():
+        detail = status.reason or {"reference": "formulas in PyTorch: right everywhere, slower"}.get(name, "")
+        kernels = _kernels()
+        if name == "cpu" and status.available and kernels is not None:
+            detail = f"C++ kernels, {kernels.isa()}, {torch.get_num_threads()} threads"
+        rows.append([name, "yes" if status.available else "no", detail])
+    return table(("backend", "runs", ""), rows, left=(0, 1, 2))
+
+
+def environment() -> dict[str, object]:
+    """Returns what a measurement depends on, for a results file."""
+    kernels = _kernels()
+    return {
+        "fastattn": fastattn.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": None if kernels is None else kernels.isa(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def cpu_name() -> str:
+    """Returns the processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _kernels():
+    from fastattn.backends.cpu import CpuBackend, kernels
+
+    return None if CpuBackend().unavailable() else kernels()
+
+
+def _listed(flags: object) -> str:
+    if isinstance(flags, dict):
+        return ", ".join(name for name, present in flags.items() if present) or "none"
+    return ", ".join(map(str, flags)) if isinstance(flags, (list, tuple, set)) else str(flags)
+
+
+def _pairs(pairs: dict[str, str]) -> str:
+    width = max(map(len, pairs))
+    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in pairs.items())
+
+
+def version_line() -> str:
+    return f"fastattn {fastattn.__version__} (torch {torch.__version__}, python {sys.version.split()[0]})"
