@@ -20,6 +20,20 @@ from fastattn.models.tokenizer import Seq2SeqTokenizer, Tokenizer
 NUM_TEST_WORDS = 12_000  # as in the literature (Yao and Zweig 2015: 12,000 of CMUdict held out)
 NUM_VALIDATION_WORDS = 2_700
 
+# Held-out words to show: easy and hard, some with spellings that hardly tell.
+EXAMPLES = (
+    "laughter",
+    "symphony",
+    "microscope",
+    "choreography",
+    "paleontology",
+    "epistemology",
+    "lugubrious",
+    "inattention",
+    "denouement",
+    "queue",
+)
+
 Pronunciations = Mapping[str, tuple[str, ...]]
 
 
