@@ -362,6 +362,26 @@ def test_saving_again_replaces_and_leaves_nothing_behind(folder):
     assert torch.all(Seq2Seq.from_pretrained(folder).target_embedding.weight == 0.5)
 
 
+def test_what_cannot_be_saved_leaves_the_folder_as_it_was(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = small(metadata={"device": torch.device("cpu")})
+    with torch.no_grad():
+        model.target_embedding.weight.fill_(0.5)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_generate(dtype):
+    model = small().to(dtype)
+    source, target = batch()
+    expected = small()(source, target)
+    tolerance = {torch.bfloat16: 0.2, torch.float16: 0.02, torch.float64: 1e-5}[dtype]
+    torch.testing.assert_close(model(source, target).float(), expected, rtol=0, atol=tolerance)
+    assert model.generate(["cat", "dog"]) == model.generate(["cat", "dog"], use_cache=False)
+
+
 # ---- text in, text out
 
 

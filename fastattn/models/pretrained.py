@@ -22,13 +22,15 @@ def save(
     folder: str | os.PathLike[str], config: Seq2SeqConfig, model: nn.Module, tokenizer: Seq2SeqTokenizer | None
 ) -> None:
     """Write the folder; each file is replaced whole.  The configuration comes last: with it the folder is complete."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unique(model.state_dict()).items()}
+    contents = {WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"})}
+    if tokenizer is not None:
+        contents[TOKENIZER] = tokenizer.to_json().encode()
+    contents[CONFIG] = config.to_json().encode()  # metadata that is no JSON fails here, before anything is written
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unique(model.state_dict()).items()}
-    write_atomically(path / WEIGHTS, safetensors.torch.save(weights, metadata={"format": "pt"}))
-    if tokenizer is not None:
-        write_atomically(path / TOKENIZER, tokenizer.to_json().encode())
-    write_atomically(path / CONFIG, config.to_json().encode())
+    for name, content in contents.items():
+        write_atomically(path / name, content)
 
 
 def load_config(folder: str | os.PathLike[str]) -> Seq2SeqConfig:
