@@ -191,7 +191,8 @@ def pronounce(
 def evaluate(model: Seq2Seq, words: Pronunciations, **settings: Any) -> ErrorRates:
     """Error rates of a model's pronunciations of words; ``settings`` are those of ``Seq2Seq.generate``."""
     spellings = list(words)
-    settings = {"batch_size": 256, "max_new_tokens": model.config.max_len - 1, **settings}
+    # The longest pronunciation of the dictionary has 28 phonemes; a model in training may not end at all.
+    settings = {"batch_size": 256, "max_new_tokens": min(32, model.config.max_len - 1), **settings}
     said = model.generate(spellings, on_unknown="ignore", **settings)
     return error_rates(dict(zip(spellings, said, strict=True)), words)
 
