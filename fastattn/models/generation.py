@@ -129,7 +129,9 @@ class _Finished:
     """The ended sequences of one row of the batch: how many, and the best."""
 
     def __init__(self) -> None:
-        self.count, self.score, self.ids = 0, -math.inf, []  # type: int, float, list[int]
+        self.count = 0
+        self.score = -math.inf
+        self.ids: list[int] = []
 
     def add(self, score: float, ids: list[int]) -> None:
         self.count += 1
