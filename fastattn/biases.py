@@ -49,8 +49,10 @@ class Alibi(RelativeBias):
     def diagonals(self, num_heads_q: int, seq_len_q: int, seq_len_k: int) -> Tensor:
         if self.slopes.shape[0] != num_heads_q:
             raise ValueError(f"Alibi needs one slope a query head: expected {num_heads_q}, got {self.slopes.shape[0]}")
+        # bfloat16 cannot even hold the distance 257: half-precision slopes give float32 biases.
+        dtype = torch.promote_types(self.slopes.dtype, torch.float32)
         distance = _distance(seq_len_q, seq_len_k, self.slopes.device).abs()
-        return -self.slopes[:, None] * distance.to(self.slopes.dtype)
+        return -self.slopes[:, None].to(dtype) * distance.to(dtype)
 
 
 class RelativePosition(RelativeBias):

@@ -46,12 +46,13 @@ class Scores {
 
   // Turns raw products s[(i - rows.begin) * stride + (j - columns.begin)] into scores, in place. With `masked`,
   // invisible ones become -inf, up to the end of the last vector of each row; columns.begin is then a multiple of 64.
+  // With softcap, `slope` (if not null) gets each score's derivative by the score before it.
   void finish(C* s, int64_t stride, int64_t batch, int64_t head, Range rows, Range columns, bool masked,
-              const Mask& mask) const {
+              const Mask& mask, C* slope = nullptr) const {
     const int64_t width = columns.end - columns.begin;
     for (int64_t i = rows.begin; i < rows.end; ++i, s += stride) {
       if (!plain_) {
-        scale_and_cap(s, width);
+        scale_and_cap(s, width, slope == nullptr ? nullptr : slope + (i - rows.begin) * stride);
         add_bias(p_.bias[0], s, batch, head, i, columns);
         add_bias(p_.bias[1], s, batch, head, i, columns);
       }
@@ -60,11 +61,15 @@ class Scores {
   }
 
  private:
-  void scale_and_cap(C* s, int64_t width) const {
+  void scale_and_cap(C* s, int64_t width, C* slope) const {
     const Vec<C> rest = Vec<C>::set1(rest_), cap = Vec<C>::set1(static_cast<C>(p_.softcap));
     for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
       Vec<C> x = load(s + j) * rest;
-      if (p_.softcap != 0) x = cap * tanh(x / cap);
+      if (p_.softcap != 0) {
+        const Vec<C> t = tanh(x / cap);
+        if (slope != nullptr) store(slope + j, fnma(t, t, Vec<C>::set1(C(1))));
+        x = cap * t;
+      }
       store(s + j, x);
     }
   }

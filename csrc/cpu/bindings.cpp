@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_backward.h"
 #include "attention_forward.h"
 #include "dropout_mask.h"
 #include "isa.h"
@@ -208,6 +209,35 @@ void register_attention_forward(py::module_& m) {
       "Writes out and lse of a spec.AttentionCall that is not empty.");
 }
 
+void register_attention_backward(py::module_& m) {
+  m.def(
+      "attention_backward",
+      [](const py::tuple& call, py::handle out, py::handle lse, py::handle dout, py::handle dlse, py::handle dq,
+         py::handle dk, py::handle dv, py::handle dbias, py::handle drelative, py::handle dsinks) {
+        AttentionBackwardArgs args;
+        args.problem = read_attention(call);
+        args.out = to_view(read_tensor(out));
+        args.dout = to_view(read_tensor(dout));
+        args.lse = read_pointer<const void>(lse);
+        args.dlse = read_pointer<const void>(dlse);
+        const auto read_optional = [](py::handle tensor) {
+          return tensor.is_none() ? View{} : to_view(read_tensor(tensor));
+        };
+        args.dq = read_optional(dq);
+        args.dk = read_optional(dk);
+        args.dv = read_optional(dv);
+        args.dbias = read_broadcast(dbias);
+        if (!drelative.is_none()) {
+          const View view = read_broadcast(drelative);
+          args.drelative = {view.data, view.dtype, {0, view.stride[0], 0, 1}};
+        }
+        args.dsinks = read_pointer<void>(dsinks);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(attention_backward, args);
+      },
+      "Writes the gradients of a spec.AttentionCall that is not empty; None for one that is not wanted.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -217,4 +247,5 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_isa(m);
   fastattn::register_dropout_mask(m);
   fastattn::register_attention_forward(m);
+  fastattn::register_attention_backward(m);
 }

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <new>
+#include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
 #  include <pthread.h>
@@ -20,6 +21,16 @@ bool forked = false;
 }  // namespace
 
 int max_threads() { return forked ? 1 : omp_get_max_threads(); }
+
+void wait_for_turn(const int32_t* turn, int64_t mine) {
+  // Turns come within microseconds, unless the thread before lost its processor: then this one gives its own away.
+  constexpr int kSpins = 2000;
+  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; ++spins) {
+    if (spins >= kSpins) std::this_thread::yield();
+  }
+}
+
+void pass_turn(int32_t* turn) { __atomic_store_n(turn, *turn + 1, __ATOMIC_RELEASE); }
 
 void throw_out_of_memory() { throw std::bad_alloc(); }
 

@@ -9,6 +9,11 @@ namespace fastattn {
 // waking them would hang.
 int max_threads();
 
+// Orders what threads add to the same memory: each waits until the turn is its own, adds, and passes it on. What the
+// one before wrote is then visible.
+void wait_for_turn(const int32_t* turn, int64_t mine);
+void pass_turn(int32_t* turn);
+
 // Reports what went wrong inside a parallel region, out of which no exception may travel.
 [[noreturn]] void throw_out_of_memory();
 
@@ -41,6 +46,29 @@ void parallel_for(int64_t tasks, double work, const Body& body) {
     }
   }
   if (failed) throw_out_of_memory();
+}
+
+// Runs body(state, task) for each task in [0, tasks), begun in ascending order, so that a task may wait for the turn of
+// one before it. Each thread calls prepare() once for its state, the only thing that may throw: where it does, the
+// other threads do the work. `work` is parallel_for's.
+template <typename Prepare, typename Body>
+void parallel_in_order(int64_t tasks, double work, const Prepare& prepare, const Body& body) {
+  int64_t next = 0;
+  const auto run = [&] {
+    try {
+      const auto state = prepare();
+      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) body(state, task);
+    } catch (...) {
+    }
+  };
+  const int64_t threads = work < 1e5 ? 1 : min(tasks, max_threads());
+  if (threads <= 1) {
+    run();
+  } else {
+#  pragma omp parallel num_threads(threads)
+    run();
+  }
+  if (next < tasks) throw_out_of_memory();
 }
 
 }  // namespace FASTATTN_ISA

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.backends import blocked
 from fastattn.backends.base import Backend
 from fastattn.spec import feed_forward as feed_forward_spec
-from fastattn.spec.attention import AttentionCall, empty_output
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 
@@ -29,6 +29,25 @@ class CpuBackend(Backend):
         out, lse = empty_output(call)
         kernels().attention_forward(call, out, lse)
         return out, lse
+
+    def attention_backward(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        grads = [
+            torch.empty_like(tensor) if need and tensor is not None else None
+            for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
+        ]
+        # Gradients of query, key and value are rounded by the kernel; the other sums stay in lse's dtype until here.
+        written = [
+            _row_buffer(grad, grad.dtype if i < 3 else lse.dtype) if grad is not None else None
+            for i, grad in enumerate(grads)
+        ]
+        dlse = dlse if dlse is None else dlse.contiguous()
+        kernels().attention_backward(call, _rows(out), lse.contiguous(), _rows(dout), dlse, *written)
+        for grad, values in zip(grads, written, strict=True):
+            if grad is not None and values is not None and values is not grad:
+                grad.copy_(values)
+        return grads
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         out = feed_forward_spec.empty_output(call)
@@ -73,6 +92,18 @@ def cpu_flags() -> frozenset[str]:
     """Returns the processor's features beyond the instruction set in use, such as "amx_bf16"."""
     module = _load()[0]
     return frozenset() if module is None else frozenset(module.cpu_flags())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Returns ``tensor`` with a contiguous last dimension."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _row_buffer(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns uninitialised memory of ``grad``'s shape in ``dtype`` with rows: ``grad`` if it is that."""
+    if grad.dtype == dtype and (grad.shape[-1] <= 1 or grad.stride(-1) == 1):
+        return grad
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def kernels() -> ModuleType:
