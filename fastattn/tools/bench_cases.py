@@ -1,0 +1,404 @@
+"""What ``fastattn bench`` times: each row of the grid as a call of ours, the same call of each peer, and a check."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastattn.nn
+from fastattn import masks
+from fastattn.ops.attention import attention
+from fastattn.ops.feed_forward import feed_forward
+from fastattn.reference import attention as formula
+from fastattn.spec.attention import AttentionCall, attention_call
+from fastattn.spec.attention_weights import select_rows
+from fastattn.tools import eager
+
+# Queries that the float64 reference is computed for: all of a long row's would take minutes.
+_CHECKED_QUERIES = 48
+# An eager peer that holds more scores than this tells nothing but that memory is slow.
+_EAGER_ELEMENTS = 1 << 25
+_SEED = 11
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure of the benchmark.
+
+    Attributes:
+        family: table of the grid.
+        name: of the row.
+        direction: "forward", "forward + backward", or how a module is called.
+        ours: runs it on fastattn.
+        peers: the same by others.
+        work: floating point operations, or bytes, of one run.
+        unit: "GFLOP/s" or "GB/s", what ``work`` over time is shown in.
+        error: returns the largest error of ours against float64, over the largest element.
+    """
+
+    family: str
+    name: str
+    direction: str
+    ours: Callable[[], Any]
+    peers: Mapping[str, Callable[[], Any]]
+    work: float
+    unit: str
+    error: Callable[[], float]
+
+
+def grid() -> dict[str, Any]:
+    """Returns the shapes on which speed is judged."""
+    return tomllib.loads(resources.files("fastattn.tools").joinpath("bench_grid.toml").read_text(encoding="utf-8"))
+
+
+def cases(family: str, dtype: torch.dtype, names: Sequence[str] | None) -> Iterator[Case]:
+    """Yields the cases of a family in a dtype, built one at a time, so that one row's tensors are held at a time.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}")
+    for row in grid()[family]["rows"]:
+        name, build = FAMILIES[family](row)
+        if name != "gpu" and (names is None or name in names):
+            yield from build(dtype)
+
+
+def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=_generator()) * scale).to(dtype)
+
+
+_streams: list[torch.Generator] = []
+
+
+def _generator() -> torch.Generator:
+    if not _streams:
+        _streams.append(torch.Generator().manual_seed(_SEED))
+    return _streams[0]
+
+
+def _attention(row: Mapping[str, Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
+    return row["name"], lambda dtype: _attention_cases(row, dtype)
+
+
+def _attention_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+    batch, (heads, heads_kv), (seq_q, seq_k), dim = row["batch"], row["heads"], row["seq_len"], row["head_dim"]
+    query = _random(batch, heads, seq_q, dim, dtype=dtype)
+    key, value = (_random(batch, heads_kv, seq_k, dim, dtype=dtype) for _ in range(2))
+    bias = _random(1, heads, seq_q, seq_k, dtype=dtype) if row.get("bias") == "learned" else None
+    lengths = torch.linspace(seq_k // 2, seq_k, batch).long() if row.get("key_lengths") else None
+    dropout_p = row.get("dropout", 0.0)
+    mask: masks.Mask | None = masks.Causal() if row["causal"] else None
+    if "window" in row:
+        mask = masks.Window(row["window"] - 1, 0)
+    if lengths is not None:
+        mask = masks.KeyLengths(lengths)
+    allowed = None
+    if "window" in row:
+        allowed = masks.visible(
+            mask.canonical(masks.Shape(1, 1, seq_q, seq_k), query.device), masks.Shape(1, 1, seq_q, seq_k), query.device
+        )  # type: ignore[union-attr]
+    if lengths is not None:
+        allowed = (torch.arange(seq_k) < lengths[:, None])[:, None, None, :]
+    pairs = _visible_pairs(row, lengths)
+
+    def call(*tensors: Tensor, generator: torch.Generator | None = None) -> AttentionCall:
+        q, k, v, *rest = tensors
+        return attention_call(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=rest[0] if rest else None,
+            dropout_p=dropout_p,
+            softmax_scale=None,
+            softcap=None,
+            sinks=None,
+            generator=generator,
+            backend="",
+        )
+
+    def ours(*tensors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        q, k, v, *rest = tensors
+        return attention(q, k, v, mask=mask, bias=rest[0] if rest else None, dropout_p=dropout_p, generator=generator)
+        # type: ignore[return-value]
+
+    def sdpa(*tensors: Tensor) -> Tensor:
+        q, k, v, *rest = tensors
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            rest[0] if rest else allowed,
+            dropout_p,
+            row["causal"] and allowed is None,
+            enable_gqa=heads != heads_kv,
+        )
+
+    def plain(*tensors: Tensor) -> Tensor:
+        q, k, v, *rest = tensors
+        visible = torch.ones(seq_q, seq_k, dtype=torch.bool).tril() if row["causal"] and allowed is None else allowed
+        return eager.attention(q, k, v, visible=visible, bias=rest[0] if rest else None)[0]
+
+    peers: dict[str, Callable[..., Tensor]] = {"torch SDPA": sdpa}
+    if batch * heads * seq_q * seq_k <= _EAGER_ELEMENTS and not dropout_p:
+        peers["torch eager"] = plain
+    tensors = [query, key, value] + ([] if bias is None else [bias])
+    dout = _random(batch, heads, seq_q, dim, dtype=dtype)
+
+    def error(backward: bool) -> float:
+        return _attention_error(ours, call, tensors, dout, backward)
+
+    flops = 4.0 * heads * pairs * dim
+    for direction, factor in (("forward", 1.0), ("forward + backward", 3.5)):
+        backward = direction != "forward"
+        run = _with_backward if backward else _without_gradients
+        yield Case(
+            "attention",
+            row["name"],
+            direction,
+            run(ours, tensors, dout),
+            {name: run(peer, tensors, dout) for name, peer in peers.items()},
+            factor * flops,
+            "GFLOP/s",
+            lambda backward=backward: error(backward),  # type: ignore[misc]
+        )
+
+
+def _visible_pairs(row: Mapping[str, Any], lengths: Tensor | None) -> float:
+    """Returns how many (query, key) pairs of one head are computed, over the batch; a causal square counts as half."""
+    batch, (seq_q, seq_k) = row["batch"], row["seq_len"]
+    if lengths is not None:
+        return float(seq_q * lengths.sum().item())
+    if "window" in row:
+        return float(batch * sum(min(i + 1, row["window"]) for i in range(seq_q)))
+    return batch * seq_q * seq_k * (0.5 if row["causal"] else 1.0)
+
+
+def _attention_error(
+    ours: Callable[..., Tensor], call: Callable[..., AttentionCall], tensors: list[Tensor], dout: Tensor, backward: bool
+) -> float:
+    """Returns the largest error of the output, or of any gradient, over its largest element.
+
+    Some queries only are compared, and only they get a gradient: that of every key and value still comes from the whole
+    call.
+    """
+    seq_q = dout.shape[2]
+    rows = torch.linspace(0, seq_q - 1, min(seq_q, _CHECKED_QUERIES)).long()
+    leaves = [t.detach().requires_grad_(backward) for t in tensors]
+    exact = [t.detach().double().requires_grad_(backward) for t in tensors]
+    whole = call(*exact, generator=torch.Generator().manual_seed(_SEED))
+    if whole.dropout_state is None:
+        reference = formula.attention(select_rows(whole, rows))[0]
+    else:
+        # Dropout counts rows from the first, so all are needed; the grid's row with dropout is short.
+        reference = formula.attention(whole)[0][:, :, rows]
+    out = ours(*leaves, generator=torch.Generator().manual_seed(_SEED))
+    if not backward:
+        return _relative(out[:, :, rows], reference)
+    sparse = torch.zeros_like(dout)
+    sparse[:, :, rows] = dout[:, :, rows]
+    grads = torch.autograd.grad(out, leaves, sparse)
+    wanted = torch.autograd.grad(reference, exact, dout[:, :, rows].double())
+    return max(_relative(g, w) for g, w in zip(grads, wanted, strict=True))
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    distance = (value.detach().double() - reference.detach()).abs().max().item()
+    return distance / max(reference.abs().max().item(), 1e-30) if distance == distance else float("inf")
+
+
+def _without_gradients(function: Callable[..., Any], tensors: Sequence[Tensor], dout: Tensor) -> Callable[[], Any]:
+    @torch.no_grad()
+    def run() -> Any:
+        return function(*tensors)
+
+    return run
+
+
+def _with_backward(function: Callable[..., Any], tensors: Sequence[Tensor], dout: Tensor) -> Callable[[], Any]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+
+def _decode(row: Mapping[str, Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
+    return row["name"], lambda dtype: _decode_cases(row, dtype)
+
+
+def _decode_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+    (heads, heads_kv), cache, dim = row["heads"], row["cache"], row["head_dim"]
+    query = _random(row["batch"], heads, 1, dim, dtype=dtype)
+    key, value = (_random(row["batch"], heads_kv, cache, dim, dtype=dtype) for _ in range(2))
+    tensors = [query, key, value]
+
+    def exact() -> float:
+        reference = eager.attention(*(t.double() for t in tensors))[0]
+        return _relative(attention(*tensors), reference)  # type: ignore[arg-type]
+
+    yield Case(
+        "decode",
+        row["name"],
+        "forward",
+        _without_gradients(attention, tensors, query),
+        {
+            "torch SDPA": _without_gradients(
+                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != heads_kv), tensors, query
+            )
+        },
+        float(2 * key.numel() * key.element_size()),
+        "GB/s",
+        exact,
+    )
+
+
+def _softmax(row: Sequence[int]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
+    return "x".join(map(str, row)), lambda dtype: _softmax_cases(row, dtype)
+
+
+def _softmax_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+    from fastattn.ops.softmax import softmax
+
+    tensors, dout = [_random(*row, dtype=dtype)], _random(*row, dtype=dtype)
+    few = slice(0, 64)
+    size = float(tensors[0].numel() * tensors[0].element_size())
+    for direction, moved in (("forward", 2.0), ("forward + backward", 5.0)):
+        run = _without_gradients if direction == "forward" else _with_backward
+
+        def exact(backward: bool = direction != "forward") -> float:
+            x = tensors[0][few].detach().requires_grad_(backward)
+            y = tensors[0][few].detach().double().requires_grad_(backward)
+            if not backward:
+                return _relative(softmax(x), y.softmax(-1))
+            (ours,) = torch.autograd.grad(softmax(x), x, dout[few])
+            return _relative(ours, torch.autograd.grad(y.softmax(-1), y, dout[few].double())[0])
+
+        yield Case(
+            "softmax",
+            "x".join(map(str, row)),
+            direction,
+            run(softmax, tensors, dout),
+            {"torch.softmax": run(lambda x: x.softmax(-1), tensors, dout)},
+            moved * size,
+            "GB/s",
+            exact,
+        )
+
+
+def _feed_forward(row: Sequence[Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
+    return "x".join(map(str, row)), lambda dtype: _feed_forward_cases(row, dtype)
+
+
+def _feed_forward_cases(row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case]:
+    tokens, model_dim, ff_dim, activation = row
+    gated = activation == "swiglu"
+    tensors = [
+        _random(tokens, model_dim, dtype=dtype),
+        _random(ff_dim, model_dim, dtype=dtype, scale=model_dim**-0.5),
+        _random(ff_dim, dtype=dtype),
+        _random(model_dim, ff_dim, dtype=dtype, scale=ff_dim**-0.5),
+        _random(model_dim, dtype=dtype),
+    ]
+    if gated:
+        tensors.append(_random(ff_dim, model_dim, dtype=dtype, scale=model_dim**-0.5))
+    options = {"activation": "silu" if gated else activation}
+    dout = _random(tokens, model_dim, dtype=dtype)
+
+    def ours(*t: Tensor) -> Tensor:
+        return feed_forward(*t[:5], **options, weight_gate=t[5] if gated else None)  # type: ignore[arg-type]
+
+    def peer(*t: Tensor) -> Tensor:
+        return eager.feed_forward(*t[:5], **options, weight_gate=t[5] if gated else None)
+
+    def exact(backward: bool) -> float:
+        leaves = [t.detach().requires_grad_(backward) for t in tensors]
+        wide = [t.detach().double().requires_grad_(backward) for t in tensors]
+        out, wanted = ours(*leaves), peer(*wide)
+        if not backward:
+            return _relative(out, wanted)
+        grads = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(wanted, wide, dout.double())
+        return max(_relative(g, w) for g, w in zip(*grads, strict=True))
+
+    flops = 2.0 * tokens * model_dim * ff_dim * (3 if gated else 2)
+    for direction, factor in (("forward", 1.0), ("forward + backward", 3.0)):
+        backward = direction != "forward"
+        run = _with_backward if backward else _without_gradients
+        yield Case(
+            "feed_forward",
+            "x".join(map(str, row)),
+            direction,
+            run(ours, tensors, dout),
+            {"torch eager": run(peer, tensors, dout)},
+            factor * flops,
+            "GFLOP/s",
+            lambda backward=backward: exact(backward),  # type: ignore[misc]
+        )
+
+
+def _module(row: Sequence[int]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
+    return "x".join(map(str, row)), lambda dtype: _module_cases(row, dtype)
+
+
+def _module_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+    batch, seq_len, embed_dim, heads = row
+    stock = nn.MultiheadAttention(embed_dim, heads, batch_first=True)
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.copy_(torch.randn(p.shape, generator=_generator()) * embed_dim**-0.5)
+    stock = stock.to(dtype)
+    ours = fastattn.nn.MultiheadAttention(embed_dim, heads, batch_first=True, dtype=dtype)
+    ours.load_state_dict(stock.state_dict())
+    x = _random(batch, seq_len, embed_dim, dtype=dtype)
+    # Four projections, and the two products of the attention itself.
+    flops = batch * (8.0 * seq_len * embed_dim**2 + 4.0 * seq_len**2 * embed_dim)
+
+    def step(module: nn.MultiheadAttention) -> Callable[[], Any]:
+        parameters = list(module.parameters())
+
+        def run() -> Any:
+            out, _ = module.train()(x, x, x)
+            return torch.autograd.grad(out, parameters, x)
+
+        return run
+
+    def forward(module: nn.MultiheadAttention) -> Callable[[], Any]:
+        @torch.no_grad()
+        def run() -> Any:
+            return module.eval()(x, x, x)
+
+        return run
+
+    def exact() -> float:
+        wide = nn.MultiheadAttention(embed_dim, heads, batch_first=True, dtype=torch.float64)
+        wide.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            found, wanted = ours.eval()(x, x, x), wide.train()(x.double(), x.double(), x.double())
+        return max(_relative(f, w) for f, w in zip(found, wanted, strict=True))
+
+    for direction, run, factor in (("eval", forward, 1.0), ("train step", step, 3.0)):
+        yield Case(
+            "module",
+            "x".join(map(str, row)),
+            direction,
+            run(ours),
+            {"torch.nn": run(stock)},
+            factor * flops,
+            "GFLOP/s",
+            exact,
+        )
+
+
+FAMILIES: dict[str, Callable[[Any], tuple[str, Callable[[torch.dtype], Iterator[Case]]]]] = {
+    "attention": _attention,
+    "decode": _decode,
+    "softmax": _softmax,
+    "feed_forward": _feed_forward,
+    "module": _module,
+}
