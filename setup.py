@@ -156,7 +156,11 @@ class BuildExt(build_ext):
 setup(
     packages=find_packages(include=["fastattn", "fastattn.*"]),
     package_dir={"fastattn": "fastattn"},
-    package_data={"fastattn": ["py.typed"], "fastattn.data": ["*.gz", "LICENSE-*", "g2p/*"]},
+    package_data={
+        "fastattn": ["py.typed"],
+        "fastattn.data": ["*.gz", "LICENSE-*", "g2p/*"],
+        "fastattn.tools": ["*.html", "*.toml"],
+    },
     ext_modules=[Extension("fastattn._cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildExt},
 )

@@ -75,10 +75,10 @@ def restriction(
         ValueError: a shape does not fit.
         TypeError: neither bool nor float.
     """
-    covered = shape if isinstance(attn_mask, Mask) else _covered(attn_mask, shape, seq_len_new)
+    covered = _covered(attn_mask, shape, seq_len_new)
     attn = attn_restriction(attn_mask, is_causal, covered)
     attn = _widen(attn, covered, shape.seq_len_k - covered.seq_len_k, num_appended, device)
-    covered = shape if isinstance(key_padding_mask, Mask) else _covered(key_padding_mask, shape, seq_len_new)
+    covered = _covered(key_padding_mask, shape, seq_len_new)
     padding = padding_restriction(key_padding_mask, covered.batch, covered.seq_len_k)
     padding = _widen(padding, covered, shape.seq_len_k - covered.seq_len_k, num_appended, device)
     return Restriction(_both(operator.and_, attn.mask, padding.mask), _both(operator.add, attn.bias, padding.bias))
@@ -102,7 +102,7 @@ def attn_restriction(attn_mask: Tensor | Mask | None, is_causal: bool | None, sh
     """
     if attn_mask is None or isinstance(attn_mask, Mask):
         return Restriction(attn_mask, None)
-    _check_dtype("attn_mask", attn_mask)
+    _check_type("attn_mask", attn_mask)
     full = (shape.batch * shape.num_heads_q, shape.seq_len_q, shape.seq_len_k)
     if tuple(attn_mask.shape) not in (full, full[1:]):
         raise ValueError(
@@ -127,7 +127,7 @@ def padding_restriction(key_padding_mask: Tensor | Mask | None, batch: int, seq_
     """
     if key_padding_mask is None or isinstance(key_padding_mask, Mask):
         return Restriction(key_padding_mask, None)
-    _check_dtype("key_padding_mask", key_padding_mask)
+    _check_type("key_padding_mask", key_padding_mask)
     if tuple(key_padding_mask.shape) != (batch, seq_len_k):
         raise ValueError(
             f"key_padding_mask must have shape [batch, seq_len_k] = {[batch, seq_len_k]}, "
@@ -156,9 +156,9 @@ def is_square_causal(mask: Tensor) -> bool:
     return torch.equal(mask, torch.full_like(mask, hidden).triu_(1))
 
 
-def _covered(mask: Tensor | None, shape: Shape, seq_len_new: int) -> Shape:
+def _covered(mask: Tensor | Mask | None, shape: Shape, seq_len_new: int) -> Shape:
     """Returns the part of the scores that ``mask`` covers: all keys, or only the new ones."""
-    if mask is None or mask.shape[-1] != seq_len_new:
+    if not isinstance(mask, Tensor) or mask.shape[-1] != seq_len_new:
         return shape
     return shape._replace(seq_len_k=seq_len_new)
 
@@ -184,7 +184,7 @@ def _both(op: Callable[[Any, Any], Any], a: Any | None, b: Any | None) -> Any | 
     return b if a is None else a if b is None else op(a, b)
 
 
-def _check_dtype(name: str, mask: Tensor) -> None:
+def _check_type(name: str, mask: object) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor or a fastattn.masks.Mask, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.masks import Mask, Shape
+from fastattn.nn import _nested
 from fastattn.nn._masks import restriction
 from fastattn.nn.kv_cache import KVCache
 from fastattn.ops import _dispatch
@@ -70,6 +71,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ValueError: shapes do not fit, or ``is_causal`` is given without a mask.
             TypeError: dtypes or devices do not fit.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            _nested.require_no_masks(attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache)
+            return self._forward_nested(query, key, value, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal=True is a hint about attn_mask and needs one: "
@@ -114,6 +118,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends within each of the sequences of nested tensors; the weights come back padded."""
+        if not (query.is_nested and key.is_nested and value.is_nested and self.batch_first):
+            raise ValueError("nested tensors need batch_first=True, and query, key and value all nested")
+        q, lengths_q = _nested.pad(query)
+        k, lengths_k = (q, lengths_q) if key is query else _nested.pad(key)
+        v = k if value is key else _nested.pad(value)[0]
+        mask = _nested.key_lengths(lengths_k, q.device)
+        out, weights = self.forward(q, k, v, mask, need_weights, None, average_attn_weights)
+        return _nested.nest(out, lengths_q, query), weights
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.masks import Mask, Shape
+from fastattn.nn import _nested
 from fastattn.nn._blocks import add_norm, feed_forward
 from fastattn.nn._masks import Padding, attn_restriction
 from fastattn.nn.attention import MultiheadAttention
@@ -55,6 +56,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError: shapes do not fit.
             TypeError: dtypes or devices do not fit.
         """
+        if src.is_nested:
+            _nested.require_no_masks(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+            padded, lengths = _nested.pad(src)
+            out = self.forward(padded, None, _nested.key_lengths(lengths, src.device))
+            return _nested.nest(out, lengths, src)
         if self.norm_first:
             attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
             normed, x = add_norm(self.norm2, attended, src)
@@ -405,7 +411,7 @@ def _use_fastattn(module: nn.MultiheadAttention) -> None:
 
 def _prepare_mask(mask: Tensor | Mask | None, is_causal: bool | None, ours: bool) -> tuple[Tensor | Mask | None, bool]:
     """Translates a mask once for all layers; layers that are not ``ours`` get it as it came."""
-    if mask is None or isinstance(mask, Mask) or not ours or mask.dim() != 2:
+    if not ours or not isinstance(mask, Tensor) or mask.dim() != 2:
         return mask, bool(is_causal)
     restriction = attn_restriction(mask, is_causal, Shape(1, 1, *mask.shape))
     return (mask if restriction.mask is None else restriction.mask), False

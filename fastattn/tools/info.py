@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -51,13 +51,13 @@ def processor() -> dict[str, str]:
     if kernels is not None:
         found["kernels run on"] = kernels.isa()
         found["kernels built for"] = ", ".join(kernels.available_isas())
-        found["CPU features"] = _listed(kernels.cpu_flags())
+        found["CPU features"] = ", ".join(kernels.cpu_flags()) or "none"
     return found
 
 
 def settings() -> dict[str, str]:
     """Returns the environment variables that fastattn and its threads read."""
-    names = sorted(n for n in os.environ if n.startswith("FASTATTN_")) + ["OMP_NUM_THREADS", "KMP_AFFINITY"]
+    names = [*sorted(n for n in os.environ if n.startswith("FASTATTN_")), "OMP_NUM_THREADS", "KMP_AFFINITY"]
     found = {name: os.environ[name] for name in names if name in os.environ}
     return found or {"environment": "no FASTATTN_* or OMP_* variable is set"}
 
@@ -100,22 +100,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _kernels():
+def _kernels() -> ModuleType | None:
     from fastattn.backends.cpu import CpuBackend, kernels
 
     return None if CpuBackend().unavailable() else kernels()
 
 
-def _listed(flags: object) -> str:
-    if isinstance(flags, dict):
-        return ", ".join(name for name, present in flags.items() if present) or "none"
-    return ", ".join(map(str, flags)) if isinstance(flags, (list, tuple, set)) else str(flags)
-
-
 def _pairs(pairs: dict[str, str]) -> str:
     width = max(map(len, pairs))
     return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in pairs.items())
-
-
-def version_line() -> str:
-    return f"fastattn {fastattn.__version__} (torch {torch.__version__}, python {sys.version.split()[0]})"

@@ -31,14 +31,13 @@ def save(path: Path, layers: Sequence[Layer], title: str | None = None) -> None:
     for row, layer in zip(axes, layers, strict=True):
         planes: list[tuple[str, Tensor]] = [(f"head {h}", w) for h, w in enumerate(layer.weights)]
         if len(planes) > 1:
-            planes.insert(0, (layer.name, layer.weights.mean(dim=0)))
-        else:
-            planes[0] = (layer.name, planes[0][1])
+            planes.insert(0, ("mean of the heads", layer.weights.mean(dim=0)))
         for k, axis in enumerate(row):
             if k < len(planes):
                 draw(axis, planes[k][1], layer.rows, layer.columns, planes[k][0], show_rows=k == 0)
             else:
                 axis.set_axis_off()
+        row[0].set_ylabel(layer.name.removeprefix("transformer."), fontsize=8, color=_SOFT)
     if title:
         picture.suptitle(title, color=_INK)
     picture.savefig(path, dpi=120)
@@ -61,7 +60,7 @@ def draw(
         at = range(len(labels)) if len(labels) <= _MOST_LABELS else range(0, len(labels), -(-len(labels) // 20))
         side.set_ticks(list(at), [labels[i] for i in at] if shown else [])
         side.set_tick_params(length=0, labelsize=8, labelcolor=_INK)
-    if any(len(label) > 2 for label in columns):
+    if any(len(label) > 3 for label in columns):
         axis.tick_params(axis="x", rotation=90)
     for spine in axis.spines.values():
         spine.set_color("#d0d5dd")
@@ -70,7 +69,7 @@ def draw(
             for j in range(len(columns)):
                 value = float(weights[i, j])
                 if value >= 0.1:
-                    colour = "white" if value > 0.55 else _SOFT
+                    colour = "white" if value > 0.4 else _SOFT
                     axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
 
 

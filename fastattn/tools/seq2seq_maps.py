@@ -37,11 +37,16 @@ def record(model: Seq2Seq, text: str) -> tuple[AttentionMaps, dict[str, tuple[Se
             model(source, target[:, :-1])
     finally:
         model.train(was_training)
-    letters = tokenizer.source.tokens(source[0].tolist())
-    read, chosen = tokenizer.target.tokens(target[0, :-1].tolist()), tokenizer.target.tokens(target[0, 1:].tolist())
+    letters = _shown(tokenizer.source.tokens(source[0].tolist()))
+    said = _shown(tokenizer.target.tokens(target[0].tolist()))
+    read, chosen = said[:-1], said[1:]
     labels = {
         "*encoder*": (letters, letters),
         "*decoder*.self_attn": (chosen, read),
         "*decoder*": (chosen, letters),
     }
     return maps, labels, generated
+
+
+def _shown(tokens: Sequence[str]) -> list[str]:
+    return [{"<bos>": "start", "<eos>": "end"}.get(token, token) for token in tokens]
