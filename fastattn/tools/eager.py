@@ -103,16 +103,11 @@ def feed_forward(
     weight_gate: Tensor | None = None,
     bias_gate: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``linear(activation(linear(input)))``; with ``weight_gate`` the gate, activated, multiplies the first."""
+    """Returns ``linear(activation(linear(input)))``; times the gate if ``weight_gate`` is given."""
     hidden = F.linear(input, weight_in, bias_in)
     act = _ACTIVATIONS[activation]
-    hidden = act(hidden) if weight_gate is None else act(F.linear(input, weight_gate, bias_gate)) * hidden
+    hidden = act(hidden) if weight_gate is None else act(hidden) * F.linear(input, weight_gate, bias_gate)
     return F.linear(hidden, weight_out, bias_out)
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns the mean cross entropy of ``hidden @ weight^T + bias``; holds [tokens, vocabulary]."""
-    return F.cross_entropy(F.linear(hidden, weight, bias), target)
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,8 @@ from fastattn.biases import Alibi, RelativeBias, RelativePosition
 from fastattn.masks import Mask, Shape
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.checks import draw_dropout_state
-from fastattn.tools import eager
-
-Tensors = Mapping[str, Tensor]
+from fastattn.tools import eager, row_cases
+from fastattn.tools.op_case import SEED, Draw, OpCase, Tensors
 
 # No multiple of any tile, and more than one of each: edges, full blocks and the steps between them all occur.
 _SHAPE = Shape(batch=2, num_heads_q=2, seq_len_q=117, seq_len_k=453)
@@ -29,25 +27,6 @@ _ONE_QUERY = Shape(batch=2, num_heads_q=16, seq_len_q=1, seq_len_k=453)
 _DRAWS = 4
 _HEAD_DIM = 64
 _DROPOUT_P = 0.3
-_SEED = 20
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One call of an op.
-
-    ``tensors`` draws its differentiable inputs, in float64, from a seed; ``ours`` maps them, in any dtype, and a
-    backend's name to named outputs, and ``eager`` does the same in plain PyTorch, in the dtype that it is given.  The
-    rule is applied to ``draws`` draws together.
-    """
-
-    op: str
-    mask: str
-    variant: str
-    tensors: Callable[[int], Tensors]
-    ours: Callable[[Tensors, str | None], Tensors]
-    eager: Callable[[Tensors], Tensors]
-    draws: int = 1
 
 
 def attention_cases() -> Iterator[OpCase]:
@@ -70,7 +49,7 @@ def _segments(shape: Shape) -> Mask:
 
 
 def _dense(shape: Shape) -> Mask:
-    return masks.Dense(torch.rand(shape, generator=torch.Generator().manual_seed(_SEED)) < 0.8)
+    return masks.Dense(torch.rand(shape, generator=torch.Generator().manual_seed(SEED)) < 0.8)
 
 
 MASKS: dict[str, Callable[[Shape], Mask | None]] = {
@@ -145,7 +124,7 @@ def _attention(
         bias=bias,
         sinks=tensors.get("sinks"),
         return_lse=True,
-        generator=torch.Generator().manual_seed(_SEED) if "dropout_p" in options else None,
+        generator=torch.Generator().manual_seed(SEED) if "dropout_p" in options else None,
         backend=backend,
         **options,
     )
@@ -161,7 +140,7 @@ def _eager_attention(
         bias = bias.diagonals(*shape[1:])[:, distance + shape.seq_len_q - 1]
     keep = None
     if "dropout_p" in options:
-        state = draw_dropout_state(_DROPOUT_P, torch.Generator().manual_seed(_SEED), torch.device("cpu"))
+        state = draw_dropout_state(_DROPOUT_P, torch.Generator().manual_seed(SEED), torch.device("cpu"))
         assert state is not None
         keep = keep_mask(state, _DROPOUT_P, shape.batch * shape.num_heads_q, *shape[2:]).view(shape)
     out, lse = eager.attention(
@@ -183,17 +162,7 @@ def _bias(name: str, tensor: Tensor | None) -> Tensor | RelativeBias | None:
     return Alibi(tensor) if name == "alibi" else RelativePosition(tensor, max_distance=64)
 
 
-class Draw:
-    """Normal random float64 tensors from a stream of its own."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(_SEED + seed)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-
-
-_FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {"attention": attention_cases}
+FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {"attention": attention_cases, **row_cases.FAMILIES}
 
 
 def cases(ops: Iterable[str] | None = None) -> Iterator[OpCase]:
@@ -202,7 +171,7 @@ def cases(ops: Iterable[str] | None = None) -> Iterator[OpCase]:
     Raises:
         ValueError: there is no op of that name.
     """
-    for name in _FAMILIES if ops is None else ops:
-        if name not in _FAMILIES:
-            raise ValueError(f"op must be one of {', '.join(map(repr, _FAMILIES))}, got {name!r}")
-        yield from _FAMILIES[name]()
+    for name in FAMILIES if ops is None else ops:
+        if name not in FAMILIES:
+            raise ValueError(f"op must be one of {', '.join(map(repr, FAMILIES))}, got {name!r}")
+        yield from FAMILIES[name]()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.tools.numerics import Figure, figure
-from fastattn.tools.op_cases import OpCase, Tensors, cases
+from fastattn.tools.op_case import OpCase, Tensors
+from fastattn.tools.op_cases import cases
 from fastattn.tools.table import error, table, verdict
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
