@@ -11,6 +11,7 @@ import torch
 
 import fastattn
 from fastattn import cli
+from fastattn.backends.cpu import CpuBackend
 from fastattn.models import Seq2Seq, Seq2SeqConfig, g2p
 from fastattn.tools import bench, bench_cases, demo, info, row_cases, verify_cli, verify_ops
 
@@ -77,7 +78,7 @@ def test_info(capsys):
 
 def test_info_says_how_to_get_what_is_missing(monkeypatch):
     reason = "the extension fastattn._cpu is not built; install g++ and run: pip install -e ."
-    monkeypatch.setattr("fastattn.backends.cpu.CpuBackend.unavailable", lambda self: reason)
+    monkeypatch.setattr(CpuBackend, "unavailable", lambda self: reason)
     assert reason in info.report()
 
 
@@ -210,12 +211,13 @@ def test_verify_fails_with_status_1(monkeypatch, capsys, folder):
 
 @pytest.mark.parametrize("op", ["feed_forward", "linear_cross_entropy"])
 def test_row_cases_keep_the_rule(op):
-    report = verify_ops.verify_ops(ops=[op], dtypes=[torch.float32, torch.bfloat16])
+    assert verify_ops.verify_ops(ops=[op], dtypes=[torch.bfloat16]).ok
+    report = verify_ops.verify_ops(ops=[op], dtypes=[torch.float32])
     assert report.ok, report.table(only_failures=True)
     # The yardstick itself is near: an eager twin of another formula would pass anything.
     for result in report.results:
         for f in result.figures:
-            assert f.eager.max < 1.0, f"{result.op} {result.variant} {f.name}: eager is off by {f.eager.max}"
+            assert f.eager.max < 1e-3, f"{result.op} {result.variant} {f.name}: eager is off by {f.eager.max}"
 
 
 def test_row_cases_cover_every_feature():
