@@ -11,6 +11,7 @@ from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.varlen_attention import varlen_attention
 from fastattn.tools.activate import activate, deactivate
 from fastattn.tools.explain import explain
@@ -33,10 +34,12 @@ __all__ = [
     "deactivate",
     "explain",
     "feed_forward",
+    "layer_norm",
     "linear_cross_entropy",
     "masks",
     "nn",
     "record_attention",
+    "rms_norm",
     "scaled_dot_product_attention",
     "swap",
     "use_backend",

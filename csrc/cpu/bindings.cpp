@@ -12,6 +12,7 @@
 #include "attention_forward.h"
 #include "dropout_mask.h"
 #include "isa.h"
+#include "norm.h"
 
 namespace py = pybind11;
 
@@ -238,6 +239,55 @@ void register_attention_backward(py::module_& m) {
       "Writes the gradients of a spec.AttentionCall that is not empty; None for one that is not wanted.");
 }
 
+// The matrix [rows, columns] of an argument that may be None.
+View read_matrix(py::handle tensor) { return tensor.is_none() ? View{} : to_view(read_tensor(tensor)); }
+
+NormShape norm_shape(py::handle input, bool rms, double eps) {
+  const TensorInfo info = read_tensor(input);
+  if (info.dims != 2) throw std::invalid_argument("norms take a matrix [rows, columns]");
+  return {info.size[0], info.size[1], rms, eps};
+}
+
+void register_norm(py::module_& m) {
+  m.def(
+      "norm",
+      [](py::handle input, py::handle residual, py::handle weight, py::handle bias, double eps, bool rms,
+         py::handle out, py::handle total, py::handle mean, py::handle rstd) {
+        NormArgs args;
+        args.shape = norm_shape(input, rms, eps);
+        args.input = read_matrix(input);
+        args.residual = read_matrix(residual);
+        args.weight = read_matrix(weight);
+        args.bias = read_matrix(bias);
+        args.out = read_pointer<void>(out);
+        args.total = read_pointer<void>(total);
+        args.mean = read_pointer<void>(mean);
+        args.rstd = read_pointer<void>(rstd);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(norm, args);
+      },
+      "Writes out, total, mean and rstd of the rows of a matrix.");
+  m.def(
+      "norm_backward",
+      [](py::handle input, py::handle weight, py::handle mean, py::handle rstd, py::handle dout, py::handle dtotal,
+         bool rms, py::handle dinput, py::handle dweight, py::handle dbias) {
+        NormBackwardArgs args;
+        args.shape = norm_shape(input, rms, 0.0);
+        args.input = read_matrix(input);
+        args.weight = read_matrix(weight);
+        args.mean = read_pointer<void>(mean);
+        args.rstd = read_pointer<void>(rstd);
+        args.dout = read_matrix(dout);
+        args.dtotal = read_matrix(dtotal);
+        args.dinput = read_pointer<void>(dinput);
+        args.dweight = read_matrix(dweight);
+        args.dbias = read_matrix(dbias);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(norm_backward, args);
+      },
+      "Writes those of dinput, dweight and dbias that are not None.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -248,4 +298,5 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_dropout_mask(m);
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
+  fastattn::register_norm(m);
 }

@@ -16,6 +16,7 @@ from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
+from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
 
 
 class CpuBackend(Backend):
@@ -65,6 +66,42 @@ class CpuBackend(Backend):
     ) -> list[Tensor | None]:
         dtype = product_dtype(cpu_flags(), call.hidden.dtype)
         return blocked.linear_cross_entropy_backward(call, lse, dloss, needed, dtype)
+
+    def norm(self, call: NormCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = empty_outputs(call)
+        residual = None if call.residual is None else _matrix(call.residual, call.columns)
+        input = _matrix(call.input, call.columns)
+        weight, bias = (None if p is None else p.contiguous() for p in (call.weight, call.bias))
+        kernels().norm(input, residual, weight, bias, call.eps, call.rms, *outputs)
+        return outputs
+
+    def norm_backward(self, call: NormBackwardCall) -> list[Tensor | None]:
+        columns = call.input.numel() // call.rstd.numel()
+        tensors = (call.input, call.weight, call.bias)
+        grads = [
+            t.new_empty(t.shape) if t is not None and need else None
+            for t, need in zip(tensors, call.needed, strict=True)
+        ]
+        dinput, dweight, dbias = grads
+        kernels().norm_backward(
+            _matrix(call.input, columns),
+            None if call.weight is None else call.weight.contiguous(),
+            call.mean,
+            call.rstd,
+            _matrix(call.dout, columns),
+            None if call.dtotal is None else _matrix(call.dtotal, columns),
+            call.rms,
+            dinput,
+            None if dweight is None else dweight.view(-1),
+            None if dbias is None else dbias.view(-1),
+        )
+        return grads
+
+
+def _matrix(tensor: Tensor, columns: int) -> Tensor:
+    """Returns ``tensor`` as [rows, columns] with adjacent columns, copied only where no view is possible."""
+    matrix = tensor.reshape(-1, columns)
+    return matrix if columns == 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def uses_torch_products(flags: Collection[str], dtype: torch.dtype) -> bool:

@@ -12,9 +12,11 @@ from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
 from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
+from fastattn.reference import norm as norm_formula
 from fastattn.reference.attention_weights import attention_weights
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
+from fastattn.spec import norm as norm_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
 
@@ -65,6 +67,20 @@ class ReferenceBackend(Backend):
             return (linear_cross_entropy_formula.linear_cross_entropy(c)[0],)
 
         return contiguous(gradients(formula, call, linear_cross_entropy_spec.DIFFERENTIABLE, needed, [dloss]))
+
+    def norm(self, call: norm_spec.NormCall) -> tuple[Tensor, ...]:
+        return tuple(out.contiguous() for out in norm_formula.norm(call))
+
+    def norm_backward(self, call: norm_spec.NormBackwardCall) -> list[Tensor | None]:
+        forward = norm_spec.NormCall(
+            call.input, None, call.weight, call.bias, call.num_dims, call.eps, call.rms, call.backend
+        )
+        found = gradients(
+            lambda c: norm_formula.norm(c)[:1], forward, norm_spec.DIFFERENTIABLE, call.needed, [call.dout]
+        )
+        if found[0] is not None and call.dtotal is not None:
+            found[0] = found[0] + call.dtotal
+        return contiguous(found)
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positional import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 from fastattn.nn.transformer import (
     Transformer,
@@ -15,8 +16,10 @@ from fastattn.nn.transformer import (
 __all__ = [
     "FeedForward",
     "KVCache",
+    "LayerNorm",
     "LearnedPositionalEncoding",
     "MultiheadAttention",
+    "RMSNorm",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Transformer",

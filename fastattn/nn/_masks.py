@@ -75,6 +75,8 @@ def restriction(
         ValueError: a shape does not fit.
         TypeError: neither bool nor float.
     """
+    if attn_mask is None and key_padding_mask is None:
+        return Restriction(None, None)
     covered = _covered(attn_mask, shape, seq_len_new)
     attn = attn_restriction(attn_mask, is_causal, covered)
     attn = _widen(attn, covered, shape.seq_len_k - covered.seq_len_k, num_appended, device)

@@ -167,12 +167,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _linear(self, x: Tensor, first: int, last: int) -> Tensor:
         """Applies the projections ``first:last`` of (query, key, value) in one product."""
-        part = slice(first * self.embed_dim, last * self.embed_dim)
-        if self.in_proj_weight is None:
-            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
-        else:
-            weight = self.in_proj_weight[part]
-        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias[part])
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if last - first < 3:
+            part = slice(first * self.embed_dim, last * self.embed_dim)
+            bias = None if bias is None else bias[part]
+            if weight is None:
+                weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
+            else:
+                weight = weight[part]
+        return F.linear(x, weight, bias)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Splits the features into heads: a view [batch, num_heads, seq_len, head_dim]."""

@@ -153,6 +153,8 @@ def empty_output(call: AttentionCall) -> tuple[Tensor, Tensor]:
     head_dim_v = call.value.shape[3]
     lse = query.new_empty((batch, num_heads_q, seq_len_q), dtype=lse_dtype(query.dtype))
     if query.stride(1) < query.stride(2):
+        if query.stride(0) < query.stride(2):
+            return query.new_empty((seq_len_q, batch, num_heads_q, head_dim_v)).permute(1, 2, 0, 3), lse
         return query.new_empty((batch, seq_len_q, num_heads_q, head_dim_v)).transpose(1, 2), lse
     return query.new_empty((batch, num_heads_q, seq_len_q, head_dim_v)), lse
 

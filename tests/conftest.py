@@ -1,0 +1,25 @@
+"""Fixtures that the tests of several ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+try:
+    from fastattn import _cpu
+except ImportError:
+    _cpu = None
+ISAS = [] if _cpu is None else _cpu.available_isas()
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn; "cpu" once for each instruction set that this machine has."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    yield "cpu"
+    _cpu.set_isa(before)
