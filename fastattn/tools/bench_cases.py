@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -67,46 +68,38 @@ def cases(family: str, dtype: torch.dtype, names: Sequence[str] | None) -> Itera
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}")
     for row in grid()[family]["rows"]:
-        name, build = FAMILIES[family](row)
+        name = row["name"] if isinstance(row, Mapping) else "x".join(map(str, row))
         if name != "gpu" and (names is None or name in names):
-            yield from build(dtype)
+            yield from FAMILIES[family](name, row, dtype)
 
 
-def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=_generator()) * scale).to(dtype)
+class _Draw:
+    """Normal random tensors of a dtype from a stream of their own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(_SEED)
+        self._dtype = dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self._generator) * scale).to(self._dtype)
 
 
-_streams: list[torch.Generator] = []
-
-
-def _generator() -> torch.Generator:
-    if not _streams:
-        _streams.append(torch.Generator().manual_seed(_SEED))
-    return _streams[0]
-
-
-def _attention(row: Mapping[str, Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
-    return row["name"], lambda dtype: _attention_cases(row, dtype)
-
-
-def _attention_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+def _attention(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+    draw = _Draw(dtype)
     batch, (heads, heads_kv), (seq_q, seq_k), dim = row["batch"], row["heads"], row["seq_len"], row["head_dim"]
-    query = _random(batch, heads, seq_q, dim, dtype=dtype)
-    key, value = (_random(batch, heads_kv, seq_k, dim, dtype=dtype) for _ in range(2))
-    bias = _random(1, heads, seq_q, seq_k, dtype=dtype) if row.get("bias") == "learned" else None
+    query = draw(batch, heads, seq_q, dim)
+    key, value = (draw(batch, heads_kv, seq_k, dim) for _ in range(2))
+    bias = draw(1, heads, seq_q, seq_k) if row.get("bias") == "learned" else None
     lengths = torch.linspace(seq_k // 2, seq_k, batch).long() if row.get("key_lengths") else None
     dropout_p = row.get("dropout", 0.0)
     mask: masks.Mask | None = masks.Causal() if row["causal"] else None
-    if "window" in row:
-        mask = masks.Window(row["window"] - 1, 0)
-    if lengths is not None:
-        mask = masks.KeyLengths(lengths)
+    # What PyTorch is given where is_causal does not say it.
     allowed = None
     if "window" in row:
-        allowed = masks.visible(
-            mask.canonical(masks.Shape(1, 1, seq_q, seq_k), query.device), masks.Shape(1, 1, seq_q, seq_k), query.device
-        )  # type: ignore[union-attr]
+        mask = masks.Window(row["window"] - 1, 0)
+        allowed = mask.to_dense(1, 1, seq_q, seq_k)
     if lengths is not None:
+        mask = masks.KeyLengths(lengths)
         allowed = (torch.arange(seq_k) < lengths[:, None])[:, None, None, :]
     pairs = _visible_pairs(row, lengths)
 
@@ -128,8 +121,10 @@ def _attention_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Cas
 
     def ours(*tensors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         q, k, v, *rest = tensors
-        return attention(q, k, v, mask=mask, bias=rest[0] if rest else None, dropout_p=dropout_p, generator=generator)
-        # type: ignore[return-value]
+        bias = rest[0] if rest else None
+        out = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, generator=generator)
+        assert isinstance(out, Tensor)
+        return out
 
     def sdpa(*tensors: Tensor) -> Tensor:
         q, k, v, *rest = tensors
@@ -152,10 +147,7 @@ def _attention_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Cas
     if batch * heads * seq_q * seq_k <= _EAGER_ELEMENTS and not dropout_p:
         peers["torch eager"] = plain
     tensors = [query, key, value] + ([] if bias is None else [bias])
-    dout = _random(batch, heads, seq_q, dim, dtype=dtype)
-
-    def error(backward: bool) -> float:
-        return _attention_error(ours, call, tensors, dout, backward)
+    dout = draw(batch, heads, seq_q, dim)
 
     flops = 4.0 * heads * pairs * dim
     for direction, factor in (("forward", 1.0), ("forward + backward", 3.5)):
@@ -163,13 +155,13 @@ def _attention_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Cas
         run = _with_backward if backward else _without_gradients
         yield Case(
             "attention",
-            row["name"],
+            name,
             direction,
             run(ours, tensors, dout),
-            {name: run(peer, tensors, dout) for name, peer in peers.items()},
+            {n: run(peer, tensors, dout) for n, peer in peers.items()},
             factor * flops,
             "GFLOP/s",
-            lambda backward=backward: error(backward),  # type: ignore[misc]
+            partial(_attention_error, ours, call, tensors, dout, backward),
         )
 
 
@@ -229,23 +221,22 @@ def _with_backward(function: Callable[..., Any], tensors: Sequence[Tensor], dout
     return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
 
 
-def _decode(row: Mapping[str, Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
-    return row["name"], lambda dtype: _decode_cases(row, dtype)
-
-
-def _decode_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+def _decode(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
+    draw = _Draw(dtype)
     (heads, heads_kv), cache, dim = row["heads"], row["cache"], row["head_dim"]
-    query = _random(row["batch"], heads, 1, dim, dtype=dtype)
-    key, value = (_random(row["batch"], heads_kv, cache, dim, dtype=dtype) for _ in range(2))
+    query = draw(row["batch"], heads, 1, dim)
+    key, value = (draw(row["batch"], heads_kv, cache, dim) for _ in range(2))
     tensors = [query, key, value]
 
     def exact() -> float:
         reference = eager.attention(*(t.double() for t in tensors))[0]
-        return _relative(attention(*tensors), reference)  # type: ignore[arg-type]
+        out = attention(*tensors)
+        assert isinstance(out, Tensor)
+        return _relative(out, reference)
 
     yield Case(
         "decode",
-        row["name"],
+        name,
         "forward",
         _without_gradients(attention, tensors, query),
         {
@@ -259,14 +250,11 @@ def _decode_cases(row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def _softmax(row: Sequence[int]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
-    return "x".join(map(str, row)), lambda dtype: _softmax_cases(row, dtype)
-
-
-def _softmax_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+def _softmax(name: str, row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+    draw = _Draw(dtype)
     from fastattn.ops.softmax import softmax
 
-    tensors, dout = [_random(*row, dtype=dtype)], _random(*row, dtype=dtype)
+    tensors, dout = [draw(*row)], draw(*row)
     few = slice(0, 64)
     size = float(tensors[0].numel() * tensors[0].element_size())
     for direction, moved in (("forward", 2.0), ("forward + backward", 5.0)):
@@ -282,7 +270,7 @@ def _softmax_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
 
         yield Case(
             "softmax",
-            "x".join(map(str, row)),
+            name,
             direction,
             run(softmax, tensors, dout),
             {"torch.softmax": run(lambda x: x.softmax(-1), tensors, dout)},
@@ -292,30 +280,29 @@ def _softmax_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _feed_forward(row: Sequence[Any]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
-    return "x".join(map(str, row)), lambda dtype: _feed_forward_cases(row, dtype)
-
-
-def _feed_forward_cases(row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case]:
+def _feed_forward(name: str, row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case]:
+    draw = _Draw(dtype)
     tokens, model_dim, ff_dim, activation = row
     gated = activation == "swiglu"
     tensors = [
-        _random(tokens, model_dim, dtype=dtype),
-        _random(ff_dim, model_dim, dtype=dtype, scale=model_dim**-0.5),
-        _random(ff_dim, dtype=dtype),
-        _random(model_dim, ff_dim, dtype=dtype, scale=ff_dim**-0.5),
-        _random(model_dim, dtype=dtype),
+        draw(tokens, model_dim),
+        draw(ff_dim, model_dim, scale=model_dim**-0.5),
+        draw(ff_dim),
+        draw(model_dim, ff_dim, scale=ff_dim**-0.5),
+        draw(model_dim),
     ]
     if gated:
-        tensors.append(_random(ff_dim, model_dim, dtype=dtype, scale=model_dim**-0.5))
-    options = {"activation": "silu" if gated else activation}
-    dout = _random(tokens, model_dim, dtype=dtype)
+        tensors.append(draw(ff_dim, model_dim, scale=model_dim**-0.5))
+    activation = "silu" if gated else activation
+    dout = draw(tokens, model_dim)
 
     def ours(*t: Tensor) -> Tensor:
-        return feed_forward(*t[:5], **options, weight_gate=t[5] if gated else None)  # type: ignore[arg-type]
+        return feed_forward(t[0], t[1], t[2], t[3], t[4], activation=activation, weight_gate=t[5] if gated else None)
 
     def peer(*t: Tensor) -> Tensor:
-        return eager.feed_forward(*t[:5], **options, weight_gate=t[5] if gated else None)
+        return eager.feed_forward(
+            t[0], t[1], t[2], t[3], t[4], activation=activation, weight_gate=t[5] if gated else None
+        )
 
     def exact(backward: bool) -> float:
         leaves = [t.detach().requires_grad_(backward) for t in tensors]
@@ -332,30 +319,27 @@ def _feed_forward_cases(row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case
         run = _with_backward if backward else _without_gradients
         yield Case(
             "feed_forward",
-            "x".join(map(str, row)),
+            name,
             direction,
             run(ours, tensors, dout),
             {"torch eager": run(peer, tensors, dout)},
             factor * flops,
             "GFLOP/s",
-            lambda backward=backward: exact(backward),  # type: ignore[misc]
+            partial(exact, backward),
         )
 
 
-def _module(row: Sequence[int]) -> tuple[str, Callable[[torch.dtype], Iterator[Case]]]:
-    return "x".join(map(str, row)), lambda dtype: _module_cases(row, dtype)
-
-
-def _module_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+def _module(name: str, row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+    draw = _Draw(dtype)
     batch, seq_len, embed_dim, heads = row
     stock = nn.MultiheadAttention(embed_dim, heads, batch_first=True)
     with torch.no_grad():
         for p in stock.parameters():
-            p.copy_(torch.randn(p.shape, generator=_generator()) * embed_dim**-0.5)
+            p.copy_(draw(*p.shape, scale=embed_dim**-0.5))
     stock = stock.to(dtype)
     ours = fastattn.nn.MultiheadAttention(embed_dim, heads, batch_first=True, dtype=dtype)
     ours.load_state_dict(stock.state_dict())
-    x = _random(batch, seq_len, embed_dim, dtype=dtype)
+    x = draw(batch, seq_len, embed_dim)
     # Four projections, and the two products of the attention itself.
     flops = batch * (8.0 * seq_len * embed_dim**2 + 4.0 * seq_len**2 * embed_dim)
 
@@ -385,7 +369,7 @@ def _module_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
     for direction, run, factor in (("eval", forward, 1.0), ("train step", step, 3.0)):
         yield Case(
             "module",
-            "x".join(map(str, row)),
+            name,
             direction,
             run(ours),
             {"torch.nn": run(stock)},
@@ -395,7 +379,7 @@ def _module_cases(row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-FAMILIES: dict[str, Callable[[Any], tuple[str, Callable[[torch.dtype], Iterator[Case]]]]] = {
+FAMILIES: dict[str, Callable[[str, Any, torch.dtype], Iterator[Case]]] = {
     "attention": _attention,
     "decode": _decode,
     "softmax": _softmax,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,7 +86,7 @@ def rms_norm(input: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return input * (input.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

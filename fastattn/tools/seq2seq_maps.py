@@ -40,7 +40,7 @@ def record(model: Seq2Seq, text: str) -> tuple[AttentionMaps, dict[str, tuple[Se
     letters = _shown(tokenizer.source.tokens(source[0].tolist()))
     said = _shown(tokenizer.target.tokens(target[0].tolist()))
     read, chosen = said[:-1], said[1:]
-    labels = {
+    labels: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         "*encoder*": (letters, letters),
         "*decoder*.self_attn": (chosen, read),
         "*decoder*": (chosen, letters),
