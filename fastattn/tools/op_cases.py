@@ -137,7 +137,7 @@ def _eager_attention(
     bias = _bias(bias_name, tensors.get("bias"))
     if isinstance(bias, RelativeBias):
         distance = torch.arange(shape.seq_len_k)[None, :] - torch.arange(shape.seq_len_q)[:, None]
-        bias = bias.diagonals(*shape[1:])[:, distance + shape.seq_len_q - 1]
+        bias = bias.diagonals(*shape[1:])[:, distance + shape.seq_len_q - 1].to(tensors["query"].dtype)
     keep = None
     if "dropout_p" in options:
         state = draw_dropout_state(_DROPOUT_P, torch.Generator().manual_seed(SEED), torch.device("cpu"))
