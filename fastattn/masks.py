@@ -243,8 +243,9 @@ def broadcastable_4d(name: str, tensor: Tensor, shape: Shape, device: torch.devi
         TypeError: it is on another device.
     """
     _check_device(name, tensor, device)
+    # Not `have not in (1, want)`: where sizes are symbolic, torch.compile takes that for true.
     if tensor.dim() > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
+        have != 1 and have != want for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
     ):
         raise ValueError(
             f"{name} must broadcast to [batch, num_heads_q, seq_len_q, seq_len_k] = {list(shape)}, "
