@@ -10,6 +10,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_weights.h"
 #include "dropout_mask.h"
 #include "isa.h"
 #include "norm.h"
@@ -288,6 +289,25 @@ void register_norm(py::module_& m) {
       "Writes those of dinput, dweight and dbias that are not None.");
 }
 
+void register_attention_weights(py::module_& m) {
+  m.def(
+      "attention_weights",
+      [](const py::tuple& call, py::handle lse, py::handle out, bool mean) {
+        AttentionWeightsArgs args;
+        args.problem = read_attention(call);
+        args.lse = to_view(read_tensor(lse));
+        args.out = to_view(read_tensor(out));
+        if (mean) {  // [batch, seq_len_q, seq_len_k]
+          args.out.stride[2] = args.out.stride[1];
+          args.out.stride[1] = 0;
+        }
+        args.mean = mean;
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(attention_weights, args);
+      },
+      "Writes the weights of a spec.AttentionCall that is not empty, or their mean over the heads.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -299,4 +319,5 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);
+  fastattn::register_attention_weights(m);
 }

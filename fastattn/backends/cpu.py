@@ -50,6 +50,11 @@ class CpuBackend(Backend):
                 grad.copy_(values)
         return grads
 
+    def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
+        weights = call.query.new_empty(call.shape)
+        kernels().attention_weights(call, lse, weights, False)
+        return weights
+
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         out = feed_forward_spec.empty_output(call)
         blocked.feed_forward(call, out)
