@@ -244,7 +244,9 @@ class Forward {
       C factor;
       if (p_.sinks.data == nullptr) {
         factor = sum == 0 ? C(0) : static_cast<C>(p_.dropout.rescale / static_cast<double>(sum));
-        lse[i] = sum == 0 ? -infinity() : static_cast<C>(highest + log(sum));
+        // A score of +inf makes the row NaN, but its lse is +inf.
+        const bool finite = sum != 0 && block.max[at] != infinity();
+        lse[i] = finite ? static_cast<C>(highest + log(sum)) : sum == 0 ? -infinity() : infinity();
       } else {
         factor = with_sink(head, sum, highest, &lse[i]);
       }

@@ -55,6 +55,13 @@ class CpuBackend(Backend):
         kernels().attention_weights(call, lse, weights, False)
         return weights
 
+    def attention_weights_head_mean(self, call: AttentionCall, lse: Tensor) -> Tensor:
+        """Returns the weights' mean over the heads, [batch, seq_len_q, seq_len_k], without holding each head's."""
+        batch, _, seq_len_q, seq_len_k = call.shape
+        weights = call.query.new_empty((batch, seq_len_q, seq_len_k))
+        kernels().attention_weights(call, lse, weights, True)
+        return weights
+
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         out = feed_forward_spec.empty_output(call)
         blocked.feed_forward(call, out)

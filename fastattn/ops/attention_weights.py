@@ -144,6 +144,8 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     backend = _dispatch.choose("attention_weights", call.attention)
     if call.reduce == "none":
         return backend.attention_weights(call.attention, call.lse), _no_indices(call)  # type: ignore[attr-defined]
+    if call.reduce == "head_mean" and hasattr(backend, "attention_weights_head_mean"):
+        return backend.attention_weights_head_mean(call.attention, call.lse), _no_indices(call)
     results: list[Tensor] = []
     all_indices: list[Tensor] = []
     for block in _blocks(_wide(call)):
