@@ -174,7 +174,7 @@ def comparison(certificate: Certificate) -> str:
         ("", "", "worst error", "time (median, p20-p80)", "faster", "peak memory"), rows, left=(0, 1), indent=2
     )
     checked = len(certificate.report.rows)
-    rule = f"{checked} outputs, layers and gradients against a float64 copy, none worse than twice PyTorch's own error"
+    rule = f"{checked} outputs, layers and gradients against a float64 copy, all within twice PyTorch's own error"
     return f"{text}\n\n  {rule}: {verdict(certificate.ok)}"
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import fastattn.nn
 from fastattn.ops._dispatch import use_backend
 from fastattn.tools.measure import Timing, peak_memory, time_in_turns
-from fastattn.tools.numerics import Figure, figure
+from fastattn.tools.numerics import Figure, figure, with_typical_errors
 from fastattn.tools.swap import THEIRS, collapse, swap, unswap
 from fastattn.tools.table import error, heading, megabytes, seconds, table, verdict
 
@@ -106,10 +107,11 @@ class Cost:
 def verify(model: nn.Module, *inputs: Any, gradients: bool = True, **kwargs: Any) -> ModelReport:
     """Compares ``model`` on fastattn, and on stock PyTorch, with a float64 copy of it.
 
-    The rule is that of every kernel (``fastattn.tools.numerics``): an error may be at most twice PyTorch's own.  It is
-    applied to what each swapped layer gives, to each output of the model and to the gradient of each parameter.  All of
-    it runs on copies in evaluation mode, so that dropout plays no part; ``model`` is not touched.  Where PyTorch's own
-    answer is NaN there is nothing to compare with.
+    The rule is that of every kernel (``fastattn.tools.numerics``): an error may be at most twice PyTorch's own, on that
+    tensor or as it typically is relative to the largest element.  It is applied to what each swapped layer gives, to
+    each output of the model and to the gradient of each parameter.  All of it runs on copies in evaluation mode, so
+    that dropout plays no part; ``model`` is not touched.  Where PyTorch's own answer is NaN there is nothing to compare
+    with.
 
     Args:
         model: as it is before :func:`fastattn.swap`, or after.
@@ -135,10 +137,11 @@ def verify(model: nn.Module, *inputs: Any, gradients: bool = True, **kwargs: Any
         run_peer = _run(peer, names, inputs, kwargs, gradients, None)
     with _said("of the model in float64"), use_backend("reference"):
         run_exact = _run(exact, names, inputs, kwargs, gradients, torch.float64)
-    rows = [
-        Row(kind, figure(name, tensor, run_peer[kind, name].to(tensor.dtype), run_exact[kind, name]))
-        for (kind, name), tensor in run_ours.items()
-    ]
+    found: dict[str, list[Figure]] = {}
+    for (kind, name), tensor in run_ours.items():
+        compared = figure(name, tensor, run_peer[kind, name].to(tensor.dtype), run_exact[kind, name])
+        found.setdefault(kind, []).append(compared)
+    rows = (Row(kind, f) for kind, figures in found.items() for f in with_typical_errors(figures))
     return ModelReport(type(model).__name__, peer_name, tuple(rows))
 
 
@@ -217,9 +220,9 @@ def copies(model: nn.Module, exact: bool = True) -> tuple[nn.Module, nn.Module, 
 
 
 def _has_torch_twin(model: nn.Module) -> bool:
-    """Whether torch.nn's modules can stand in for all of the fastattn code in ``model``."""
-    own = (type(m) for m in model.modules() if type(m).__module__.startswith("fastattn."))
-    return all(kind in THEIRS for kind in own)
+    """Whether torch.nn's modules can stand in for all modules of ``model`` that have kernels."""
+    ours: tuple[type[nn.Module], ...] = (fastattn.nn.FeedForward, *THEIRS)
+    return all(type(m) in THEIRS for m in model.modules() if isinstance(m, ours))
 
 
 def _cost(what: str, before: Callable[[], Any], after: Callable[[], Any], budget: float) -> Cost:
