@@ -12,6 +12,7 @@ from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.norm import layer_norm, rms_norm
+from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.varlen_attention import varlen_attention
 from fastattn.tools.activate import activate, deactivate
 from fastattn.tools.explain import explain
@@ -36,11 +37,13 @@ __all__ = [
     "feed_forward",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "masks",
     "nn",
     "record_attention",
     "rms_norm",
     "scaled_dot_product_attention",
+    "softmax",
     "swap",
     "use_backend",
     "varlen_attention",

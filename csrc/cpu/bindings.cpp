@@ -7,13 +7,16 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_weights.h"
 #include "dropout_mask.h"
 #include "isa.h"
+#include "lines.h"
 #include "norm.h"
+#include "softmax.h"
 
 namespace py = pybind11;
 
@@ -308,6 +311,56 @@ void register_attention_weights(py::module_& m) {
       "Writes the weights of a spec.AttentionCall that is not empty, or their mean over the heads.");
 }
 
+// Lines along `dim` of a source tensor of any number of dimensions; `mask` has its shape or is None.
+Lines read_lines(py::handle source, py::handle mask, py::handle dim) {
+  using Numbers = std::vector<int64_t>;
+  const auto mask_stride = mask.is_none() ? Numbers() : call_method(mask, python.stride).cast<Numbers>();
+  return make_lines(call_method(source, python.size).cast<Numbers>(), dim.cast<int>(),
+                    call_method(source, python.stride).cast<Numbers>(), mask_stride);
+}
+
+void register_softmax(py::module_& m) {
+  m.def(
+      "softmax",
+      [](const py::tuple& call, py::handle out, bool past_caches) {
+        enum Field { kInput, kMask, kDim, kScale, kDtype, kLog };  // of spec.SoftmaxCall
+        const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
+        SoftmaxArgs args;
+        args.lines = read_lines(field(kInput), field(kMask), field(kDim));
+        args.input = read_pointer<void>(field(kInput));
+        args.mask = read_pointer<uint8_t>(field(kMask));
+        args.out = read_pointer<void>(out);
+        args.input_dtype = read_dtype(field(kInput));
+        args.out_dtype = read_dtype(out);
+        args.scale = field(kScale).cast<double>();
+        args.log = field(kLog).cast<bool>();
+        args.past_caches = past_caches;
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(softmax, args);
+      },
+      "Writes the result of a spec.SoftmaxCall that is not empty into contiguous `out`.");
+  m.def(
+      "softmax_backward",
+      [](const py::tuple& call, py::handle dinput, bool past_caches) {
+        enum Field { kOut, kDout, kMask, kDim, kScale, kDtype, kLog };  // of spec.SoftmaxBackwardCall
+        const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
+        SoftmaxBackwardArgs args;
+        args.lines = read_lines(field(kOut), field(kMask), field(kDim));
+        args.out = read_pointer<void>(field(kOut));
+        args.dout = read_pointer<void>(field(kDout));
+        args.mask = read_pointer<uint8_t>(field(kMask));
+        args.dinput = read_pointer<void>(dinput);
+        args.out_dtype = read_dtype(field(kOut));
+        args.dinput_dtype = read_dtype(dinput);
+        args.scale = field(kScale).cast<double>();
+        args.log = field(kLog).cast<bool>();
+        args.past_caches = past_caches;
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(softmax_backward, args);
+      },
+      "Writes the gradient of a spec.SoftmaxBackwardCall whose out and dout are contiguous into contiguous `dinput`.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -320,4 +373,5 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);
   fastattn::register_attention_weights(m);
+  fastattn::register_softmax(m);
 }

@@ -17,6 +17,7 @@ from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
+from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
 class CpuBackend(Backend):
@@ -109,6 +110,18 @@ class CpuBackend(Backend):
         )
         return grads
 
+    def softmax(self, call: SoftmaxCall) -> Tensor:
+        call = call._replace(input=_with_rows(call.input), mask=_mask_with_rows(call.mask))
+        out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
+        kernels().softmax(call, out, False)
+        return out
+
+    def softmax_backward(self, call: SoftmaxBackwardCall) -> Tensor:
+        call = call._replace(out=call.out.contiguous(), dout=call.dout.contiguous(), mask=_mask_with_rows(call.mask))
+        dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)
+        kernels().softmax_backward(call, dinput, False)
+        return dinput
+
 
 def _matrix(tensor: Tensor, columns: int) -> Tensor:
     """Returns ``tensor`` as [rows, columns] with adjacent columns, copied only where no view is possible."""
@@ -153,6 +166,20 @@ def _row_buffer(grad: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.dtype == dtype and (grad.shape[-1] <= 1 or grad.stride(-1) == 1):
         return grad
     return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """Returns ``tensor``, or a copy where neighbours in its last dimension are not neighbours in memory."""
+    if tensor.is_contiguous() or (tensor.stride(-1) == 1 and tensor.shape[-1] > 1):
+        return tensor
+    return tensor.contiguous()
+
+
+def _mask_with_rows(mask: Tensor | None) -> Tensor | None:
+    """Returns ``mask``, or a copy where its last dimension is neither contiguous nor broadcast."""
+    if mask is None or (mask.stride(-1) in (0, 1) and mask.shape[-1] > 1):
+        return mask
+    return mask.contiguous()
 
 
 def kernels() -> ModuleType:

@@ -13,11 +13,13 @@ from fastattn.reference import attention as attention_formula
 from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference import norm as norm_formula
+from fastattn.reference import softmax as softmax_formula
 from fastattn.reference.attention_weights import attention_weights
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec import norm as norm_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
+from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
 class ReferenceBackend(Backend):
@@ -81,6 +83,12 @@ class ReferenceBackend(Backend):
         if found[0] is not None and call.dtotal is not None:
             found[0] = found[0] + call.dtotal
         return contiguous(found)
+
+    def softmax(self, call: SoftmaxCall) -> Tensor:
+        return softmax_formula.softmax(call)
+
+    def softmax_backward(self, call: SoftmaxBackwardCall) -> Tensor:
+        return softmax_formula.softmax_backward(call)
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ def define(
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
     autocast: bool = False,
+    autocast_float32: Sequence[str] = (),
 ) -> torch._ops.OpOverload:
     """Registers ``fastattn::name`` and returns it.
 
@@ -32,6 +33,7 @@ def define(
         fake: returns uninitialised results of the right shapes, dtypes and strides.
         function: its first-order derivative; without one the op is not differentiable.
         autocast: True casts floating inputs to the autocast dtype where autocast is on; either way it is off inside.
+        autocast_float32: device types on which it casts them to float32, as PyTorch does for sensitive ops.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastattn, name).default
@@ -44,7 +46,8 @@ def define(
     else:
         LIBRARY.impl(name, _autograd(op, function), "Autograd")
     for device_type in ("cpu", "cuda"):
-        LIBRARY.impl(name, _autocast(op, device_type, autocast), f"Autocast{device_type.upper()}")
+        kernel_under_autocast = _autocast(op, device_type, autocast, device_type in autocast_float32)
+        LIBRARY.impl(name, kernel_under_autocast, f"Autocast{device_type.upper()}")
     return op
 
 
@@ -62,14 +65,14 @@ def _requires_grad(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.requires_grad
 
 
-def _autocast(op: torch._ops.OpOverload, device_type: str, cast: bool) -> Callable[..., Any]:
+def _autocast(op: torch._ops.OpOverload, device_type: str, cast: bool, float32: bool) -> Callable[..., Any]:
     # Without a cast too, autocast must end here: it would round the products inside a kernel that is a formula.
     key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
 
     def cast_and_call(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
+        dtype = torch.float32 if float32 else torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*((_cast(a, dtype) for a in args) if cast else args))
+            return op(*((_cast(a, dtype) for a in args) if cast or float32 else args))
 
     return cast_and_call
 
