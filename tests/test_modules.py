@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastattn.nn as fnn
 from fastattn import masks
+from fastattn.nn import _blocks
 from fastattn.nn.kv_cache import KVCache
 
 pytestmark = [
@@ -82,6 +83,15 @@ def both(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
 
 def sizes(name: str) -> tuple[int, ...]:
     return (DIM, HEADS) if name == "MultiheadAttention" else (DIM, HEADS, FF)
+
+
+@pytest.fixture(params=["fused", "not fused"])
+def fusing(request, monkeypatch):
+    """The layers fuse large norms and feed-forwards; here all of them or none."""
+    least = 0 if request.param == "fused" else 1 << 60
+    monkeypatch.setattr(_blocks, "_LEAST_NORM", least)
+    monkeypatch.setattr(_blocks, "_LEAST_FEED_FORWARD", least)
+    return request.param == "fused"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,6 +349,7 @@ def test_alibi_as_a_float_mask_is_right_in_evaluation():
     assert (result - ignored).abs().max() > 1e-2
 
 
+@pytest.mark.usefixtures("fusing")
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_is_the_one_asked_for(approximate):
     theirs, ours = both("TransformerEncoderLayer", DIM, HEADS, FF, 0.0, nn.GELU(approximate), batch_first=True)
@@ -348,8 +359,9 @@ def test_gelu_is_the_one_asked_for(approximate):
         torch.testing.assert_close(ours.eval()(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("fusing")
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("name", ["self_attn", "linear1", "norm1"])
+@pytest.mark.parametrize("name", ["self_attn", "linear1", "linear2", "norm1"])
 def test_a_module_put_in_place_is_called(name, norm_first):
     class Loud(nn.Module):
         calls = 0
@@ -371,6 +383,7 @@ def test_a_module_put_in_place_is_called(name, norm_first):
     assert Loud.calls == 1
 
 
+@pytest.mark.usefixtures("fusing")
 @pytest.mark.parametrize(
     "path", ["self_attn", "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2", "dropout1", "dropout"]
 )
@@ -389,6 +402,7 @@ def test_hooks_run(path, norm_first):
     torch.testing.assert_close(out, plain)
 
 
+@pytest.mark.usefixtures("fusing")
 def test_global_hooks_run():
     layer = fnn.TransformerEncoderLayer(DIM, HEADS, FF, batch_first=True, dtype=WIDE).eval()
     seen = []
@@ -401,6 +415,7 @@ def test_global_hooks_run():
     assert layer.norm2 in seen
 
 
+@pytest.mark.usefixtures("fusing")
 def test_parametrised_linears_are_called():
     layer = fnn.TransformerEncoderLayer(DIM, HEADS, FF, batch_first=True, dtype=WIDE).eval()
     x = rand(BATCH, LEN, DIM)
@@ -413,6 +428,31 @@ def test_parametrised_linears_are_called():
     assert (layer(x) - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+@pytest.mark.parametrize("activation", ["relu", nn.GELU("tanh"), F.silu, torch.tanh])
+def test_layers_are_those_of_torch(name, norm_first, activation, fusing):
+    theirs, ours = both(name, DIM, HEADS, FF, 0.0, activation, batch_first=True, norm_first=norm_first)
+    inputs = [rand(BATCH, n, DIM, seed=n).requires_grad_() for n in ((LEN,) if "Encoder" in name else (LEN, SOURCE))]
+    expected = theirs(*inputs)
+    result = ours(*inputs)
+    torch.testing.assert_close(result, expected)
+    direction = rand(*expected.shape, seed=9)
+    for found, true in zip(
+        torch.autograd.grad(result, [*inputs, *ours.parameters()], direction),
+        torch.autograd.grad(expected, [*inputs, *theirs.parameters()], direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true)
+    seen = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for name, op in (("fused_feed_forward", _blocks.fused_feed_forward), ("layer_norm", _blocks.layer_norm)):
+            patch.setattr(_blocks, name, lambda *a, _op=op, **k: seen.append(_op) or _op(*a, **k))
+        torch.testing.assert_close(ours(*inputs), expected)
+    assert bool(seen) == fusing
+
+
+@pytest.mark.usefixtures("fusing")
 def test_padded_positions_are_the_same_in_every_mode():
     layer = fnn.TransformerEncoderLayer(DIM, HEADS, FF, 0.0, batch_first=True, dtype=WIDE)
     encoder = fnn.TransformerEncoder(layer, 2, nn.LayerNorm(DIM, dtype=WIDE))
@@ -453,6 +493,7 @@ def test_nested_tensors(need_weights):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fusing")
 @pytest.mark.parametrize("steps", [[1] * LEN, [2, 3, 1], [LEN], [4, 2]])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -507,6 +548,7 @@ def test_copies_and_pickles(name):
         torch.testing.assert_close(other(*args), expected)
 
 
+@pytest.mark.usefixtures("fusing")
 def test_autocast():
     model = fnn.Transformer(DIM, HEADS, 1, 1, FF, 0.0, batch_first=True)
     attention = fnn.MultiheadAttention(DIM, HEADS, batch_first=True, add_bias_kv=True)
