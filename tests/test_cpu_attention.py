@@ -167,18 +167,37 @@ def test_huge_scores(isa, scale):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "group"), [(1, 1), (1, 7), (3, 4)])
+def test_few_queries_against_a_long_cache(isa, rows, group, dtype):
+    """The decode kernel: pieces of 512 keys, one of them wholly masked, and poison behind the mask."""
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(2, 2 * group, rows, 40, generator=generator).to(dtype)
+    key, value = (torch.randn(2, 2, 1300, d, generator=generator).to(dtype) for d in (40, 72))
+    lengths = torch.tensor([1300, 400])
+    value[1, :, 400:] = float("nan")
+    key[1, :, 400:] = float("nan")
+    call = make_call(query, key, value, mask=masks.KeyLengths(lengths) & masks.Causal())
+    found, exact, eager = (
+        dict(zip(("out", "lse"), r, strict=True))
+        for r in (backend.attention(call), formula.attention(in_float64(call)), formula.attention(call))
+    )
+    assert_as_exact_as_eager(found, exact, eager)
+
+
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_same_bits_at_every_thread_count(isa, heads):
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, heads, 400, 32, generator=generator) for _ in range(3))
     call = make_call(query, key, value, mask=masks.Causal(), dropout_p=0.2, generator=generator)
+    decode = make_call(query[:, :, :1], *(torch.randn(1, heads, 2000, 32, generator=generator) for _ in range(2)))
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 4, 2):
             torch.set_num_threads(count)
             out, lse = backend.attention(call)
-            found.append((out, lse, backend.attention_weights(call, lse)))
+            found.append((out, lse, backend.attention_weights(call, lse), *backend.attention(decode)))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -6,11 +6,12 @@
 // that stays in the caches; memory is O(seq_len_k) for the packed keys and values of the heads being worked on.
 #include "attention_forward.h"
 
+#include "attention_decode.h"
+#include "attention_rows.h"
 #include "attention_scores.h"
 #include "mask.h"
 #include "panel.h"
 #include "parallel.h"
-#include "philox.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -141,7 +142,7 @@ class Forward {
     scores_.load_queries(block.q, batch, head, rows);
     for (int64_t i = 0; i < height * out_stride_; i += Vec<C>::kWidth) store(block.out + i, Vec<C>::zero());
     for (int64_t i = 0; i < height; ++i) {
-      block.max[i] = -infinity();
+      block.max[i] = -infinity<C>();
       store(block.sum + i * Vec<C>::kWidth, Vec<C>::zero());
     }
 
@@ -161,7 +162,12 @@ class Forward {
       const bool masked = coverage != Coverage::kAll || width % Vec<C>::kWidth != 0;
       scores_.finish(block.s, kKeys, batch, head, rows, columns, masked, mask);
       softmax_tile(block, height, width);
-      if (p_.dropout.threshold != 0) drop(block, batch * p_.num_heads_q + head, rows, columns);
+      if (p_.dropout.threshold != 0) {  // the survivors are rescaled once, at the end
+        for (int64_t i = 0; i < height; ++i) {
+          drop_row(block.s + i * kKeys, width, p_.dropout, batch * p_.num_heads_q + head, rows.begin + i,
+                   columns.begin);
+        }
+      }
       if (packed.finite[tile]) {
         multiply(height, p_.head_dim_v, width, block.s, kKeys, 1, v, panel_size<C>(kKeys),
                  [&](int64_t i, int64_t d, Vec<C> value) {
@@ -177,42 +183,13 @@ class Forward {
 
   // Moves the running maximum and sum over a tile and turns its scores into probabilities relative to the new maximum.
   void softmax_tile(const Block& block, int64_t height, int64_t width) const {
-    constexpr int W = Vec<C>::kWidth;
     const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2());
     for (int64_t i = 0; i < height; ++i) {
-      C* s = block.s + i * kKeys;
-      Vec<C> highest = load(s);
-      for (int64_t j = W; j < width; j += W) highest = max(highest, load(s + j));
-      const C before = block.max[i], tile_max = reduce_max(highest);
-      const C now = tile_max < before ? before : tile_max;  // a NaN becomes the maximum and the whole row with it
-      // -inf minus -inf is NaN, so a row that has seen nothing subtracts 0 instead.
-      const Vec<C> shift = Vec<C>::set1(now == -infinity() ? C(0) : now);
-      const Vec<C> alpha = exp2((Vec<C>::set1(before) - shift) * to_log2);
-      Vec<C> sum = load(block.sum + i * W) * alpha;
-      for (int64_t j = 0; j < width; j += W) {
-        const Vec<C> e = exp2((load(s + j) - shift) * to_log2);
-        sum = sum + e;
-        store(s + j, e);
-      }
-      store(block.sum + i * W, sum);
-      block.max[i] = now;
-      store_n(block.alpha + i, alpha, 1);
-    }
-  }
-
-  // Sets dropped probabilities to 0; the survivors are rescaled once, at the end.
-  void drop(const Block& block, int64_t slice, Range rows, Range columns) const {
-    constexpr int W = Vec<C>::kWidth;
-    const int64_t width = columns.end - columns.begin;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      C* s = block.s + (i - rows.begin) * kKeys;
-      for (int64_t j = 0; j < width; j += 64) {
-        const uint64_t keep = dropout_keep_bits(p_.dropout, static_cast<uint64_t>(slice), static_cast<uint64_t>(i),
-                                                static_cast<uint64_t>(columns.begin + j));
-        for (int64_t k = 0; k < 64 && j + k < width; k += W) {
-          store(s + j + k, select(mask_from_bits<C>(keep >> k), load(s + j + k), Vec<C>::zero()));
-        }
-      }
+      RowState<C> row{block.max[i], load(block.sum + i * Vec<C>::kWidth), {}};
+      softmax_row(block.s + i * kKeys, width, to_log2, &row);
+      block.max[i] = row.max;
+      store(block.sum + i * Vec<C>::kWidth, row.sum);
+      store_n(block.alpha + i, row.alpha, 1);
     }
   }
 
@@ -240,49 +217,10 @@ class Forward {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t at = i - rows.begin;
       const C sum = reduce_add(load(block.sum + at * Vec<C>::kWidth));
-      const double highest = static_cast<double>(block.max[at]) * scores_.to_natural();
-      C factor;
-      if (p_.sinks.data == nullptr) {
-        factor = sum == 0 ? C(0) : static_cast<C>(p_.dropout.rescale / static_cast<double>(sum));
-        // A score of +inf makes the row NaN, but its lse is +inf.
-        const bool finite = sum != 0 && block.max[at] != infinity();
-        lse[i] = finite ? static_cast<C>(highest + log(sum)) : sum == 0 ? -infinity() : infinity();
-      } else {
-        factor = with_sink(head, sum, highest, &lse[i]);
-      }
-      const C* from = block.out + at * out_stride_;
-      visit(p_.q.dtype, [&](auto type) {
-        using T = typename decltype(type)::Type;
-        if constexpr (sizeof(Compute<T>) == sizeof(C)) {
-          T* to = row_of<T>(args_.out, batch, head, i);
-          for_each_vec<C>(p_.head_dim_v,
-                          [&](int64_t d, auto n) { store_n(to + d, load(from + d) * Vec<C>::set1(factor), n); });
-        }
-      });
+      const C factor = end_row(p_, head, sum, static_cast<double>(block.max[at]) * scores_.to_natural(), &lse[i]);
+      write_row(args_.out, batch, head, i, p_.head_dim_v, block.out + at * out_stride_, factor);
     }
   }
-
-  // The sink is one more logit in the denominator: returns what the output is scaled by.
-  C with_sink(int64_t head, C sum, double highest, C* lse) const {
-    double sink = 0;
-    visit(p_.sinks.dtype, [&](auto type) {
-      using T = typename decltype(type)::Type;
-      sink = to_double(*row_of<const T>(p_.sinks, 0, head, 0));
-    });
-    if (sum == 0 || sink == __builtin_inf()) {
-      *lse = static_cast<C>(sink);
-      return 0;
-    }
-    const double top = sink > highest ? sink : highest;
-    const double kept = __builtin_exp(highest - top);
-    const double total = static_cast<double>(sum) * kept + __builtin_exp(sink - top);
-    *lse = static_cast<C>(top + __builtin_log(total));
-    return static_cast<C>(kept * p_.dropout.rescale / total);
-  }
-
-  static C infinity() { return static_cast<C>(__builtin_inff()); }
-  static float log(float x) { return __builtin_logf(x); }
-  static double log(double x) { return __builtin_log(x); }
 
   const AttentionForwardArgs& args_;
   const AttentionProblem& p_;
@@ -293,6 +231,9 @@ class Forward {
 }  // namespace
 
 void attention_forward(const AttentionForwardArgs& args) {
+  // Packing a key costs about as much as 16 rows' use of it.
+  const int64_t rows = args.problem.num_heads_q / args.problem.num_heads_kv * args.problem.seq_len_q;
+  if (rows <= kDecodeRows) return attention_decode(args);
   if (args.problem.q.dtype == DType::kFloat64) {
     Forward<double>(args).run();
   } else {

@@ -1,0 +1,258 @@
+// Attention forward for few queries (decoding against a cache), bound by the reading of keys and values: they are read
+// once, in their own dtype and strides, for all query heads of a group (Dao et al., "Flash-Decoding", 2023).
+//
+// The keys are split into pieces of fixed length, so that one sequence keeps all threads busy; each piece leaves a
+// partial softmax and a second pass adds the pieces of a row in their order. The split depends on the shape alone:
+// every thread count gives the same bits.
+#include "attention_decode.h"
+
+#include "attention_rows.h"
+#include "attention_scores.h"
+#include "mask.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kPiece = 512;  // keys a task: 128 KiB of float32 at head_dim 64, and a multiple of 64
+
+template <typename C>
+class Decode {
+ public:
+  explicit Decode(const AttentionForwardArgs& args)
+      : args_(args),
+        p_(args.problem),
+        scores_(p_),
+        group_size_(p_.num_heads_q / p_.num_heads_kv),
+        rows_(group_size_ * p_.seq_len_q),
+        pieces_(ceil_div(p_.seq_len_k, kPiece)),
+        out_stride_(round_up(p_.head_dim_v, Vec<C>::kWidth)) {}
+
+  void run() const {
+    const int64_t groups = p_.batch * p_.num_heads_kv;
+    // Of each row and piece: the weighted values, then the maximum and the sum.
+    C* partials = static_cast<C*>(
+        scratch(Scratch::kShared, static_cast<size_t>(groups * rows_ * pieces_ * partial_size()) * sizeof(C)));
+    const double work = static_cast<double>(groups * rows_) * static_cast<double>(p_.seq_len_k) *
+                        static_cast<double>(p_.head_dim + p_.head_dim_v);
+    parallel_for(groups * pieces_, work, [&](int64_t task) {
+      run_piece(partials + task / pieces_ * rows_ * pieces_ * partial_size(), task / pieces_, task % pieces_);
+    });
+    parallel_for(groups * rows_, static_cast<double>(groups * rows_ * pieces_ * partial_size()), [&](int64_t task) {
+      combine(partials + task * pieces_ * partial_size(), task / rows_, task % rows_);
+    });
+  }
+
+ private:
+  int64_t partial_size() const { return out_stride_ + Vec<C>::kWidth; }
+
+  // One piece of keys for all rows of a group; partials are [rows, pieces, partial_size].
+  void run_piece(C* partials, int64_t group, int64_t piece) const {
+    constexpr int W = Vec<C>::kWidth;
+    const int64_t batch = group / p_.num_heads_kv, kv_head = group % p_.num_heads_kv;
+    Carver carver(
+        scratch(Scratch::kThread, static_cast<size_t>(rows_ * (p_.head_dim + W + kPiece)) * sizeof(C) + 2 * 64));
+    C* q = carver.take<C>(rows_ * p_.head_dim + W);
+    C* s = carver.take<C>(rows_ * kPiece);
+
+    const Range seen = Mask(p_, batch, kv_head * group_size_).k_range(0, p_.seq_len_q);
+    const Range columns{max(piece * kPiece, seen.begin / 64 * 64), min((piece + 1) * kPiece, seen.end)};
+    const int64_t width = columns.end - columns.begin;
+    if (width <= 0) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        C* partial = partials + (r * pieces_ + piece) * partial_size();
+        for (int64_t d = 0; d < partial_size(); d += W) store(partial + d, Vec<C>::zero());
+        partial[out_stride_] = -infinity<C>();
+      }
+      return;
+    }
+    for (int64_t h = 0; h < group_size_; ++h) {
+      scores_.load_queries(q + h * p_.seq_len_q * p_.head_dim, batch, kv_head * group_size_ + h, {0, p_.seq_len_q});
+    }
+    visit(p_.q.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      if constexpr (sizeof(Compute<T>) == sizeof(C)) {
+        multiply_keys(s, q, row_of<const T>(p_.k, batch, kv_head, columns.begin), width);
+      }
+    });
+    const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2());
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t head = kv_head * group_size_ + r / p_.seq_len_q, i = r % p_.seq_len_q;
+      const Mask mask(p_, batch, head);
+      const Range row{i, i + 1};
+      const bool masked = mask.coverage(row, columns) != Coverage::kAll || width % W != 0;
+      C* scores = s + r * kPiece;
+      scores_.finish(scores, kPiece, batch, head, row, columns, masked, mask);
+      RowState<C> state{-infinity<C>(), Vec<C>::zero(), {}};
+      softmax_row(scores, width, to_log2, &state);
+      if (p_.dropout.threshold != 0) {
+        drop_row(scores, width, p_.dropout, batch * p_.num_heads_q + head, i, columns.begin);
+      }
+      C* partial = partials + (r * pieces_ + piece) * partial_size();
+      partial[out_stride_] = state.max;
+      partial[out_stride_ + 1] = reduce_add(state.sum);
+    }
+    visit(p_.q.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      if constexpr (sizeof(Compute<T>) == sizeof(C)) {
+        multiply_values(partials + piece * partial_size(), s, row_of<const T>(p_.v, batch, kv_head, columns.begin),
+                        batch, kv_head, columns);
+      }
+    });
+  }
+
+  // s[r, j] = q[r] . k[j] for `width` keys: kWidth keys at a time, each with an accumulator along head_dim, which one
+  // transposition then adds up. The keys of a step stay in the first cache for all rows.
+  template <typename T>
+  void multiply_keys(C* s, const C* q, const T* k, int64_t width) const {
+    constexpr int W = Vec<C>::kWidth;
+    const int64_t stride = p_.k.stride[2];
+    for (int64_t j = 0; j < width; j += W) {
+      const T* keys[W];  // past the end the last key stands in; the mask hides what it gives
+      for (int k_index = 0; k_index < W; ++k_index) keys[k_index] = k + min(j + k_index, width - 1) * stride;
+      for (int64_t r = 0; r < rows_; ++r) {
+        const C* query = q + r * p_.head_dim;
+        Vec<C> sum[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) sum[i] = Vec<C>::zero();
+        for_each_vec<C>(p_.head_dim, [&](int64_t d, auto n) {
+          const Vec<C> x = load_n(query + d, n);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) sum[i] = fma(x, load_as_n<C>(keys[i] + d, n), sum[i]);
+        });
+        transpose<C>(sum);
+        Vec<C> total = sum[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < W; ++i) total = total + sum[i];
+        store(s + r * kPiece + j, total);
+      }
+    }
+  }
+
+  // out[r] = sum_j s[r, j] v[j]; out rows are pieces_ * partial_size() apart.
+  template <typename T>
+  void multiply_values(C* out, const C* s, const T* v, int64_t batch, int64_t kv_head, Range columns) const {
+    for (int64_t r = 0; r < rows_;) {
+      const int64_t left = rows_ - r;
+      const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      C* to = out + r * pieces_ * partial_size();
+      bool finite;
+      if (step == 4) {
+        finite = multiply_rows<4>(to, s + r * kPiece, v, columns.end - columns.begin);
+      } else if (step == 2) {
+        finite = multiply_rows<2>(to, s + r * kPiece, v, columns.end - columns.begin);
+      } else {
+        finite = multiply_rows<1>(to, s + r * kPiece, v, columns.end - columns.begin);
+      }
+      // 0 * NaN is NaN: when anything came out non-finite, invisible values are left out one by one.
+      for (int64_t i = r; !finite && i < r + step; ++i) {
+        const Mask mask(p_, batch, kv_head * group_size_ + i / p_.seq_len_q);
+        multiply_visible(out + i * pieces_ * partial_size(), s + i * kPiece, v, mask, i % p_.seq_len_q, columns);
+      }
+      r += step;
+    }
+  }
+
+  // Returns whether all results are finite. Four vectors of four rows are 16 chains of FMAs.
+  template <int R, typename T>
+  bool multiply_rows(C* out, const C* s, const T* v, int64_t width) const {
+    constexpr int W = Vec<C>::kWidth;
+    Vec<C> poison = Vec<C>::zero();
+    int64_t d = 0;
+    for (; d + 4 * W <= p_.head_dim_v; d += 4 * W)
+      multiply_columns<R, 4>(out + d, s, v + d, width, AllLanes<C>(), &poison);
+    for (; d + W <= p_.head_dim_v; d += W) multiply_columns<R, 1>(out + d, s, v + d, width, AllLanes<C>(), &poison);
+    if (d < p_.head_dim_v) {
+      multiply_columns<R, 1>(out + d, s, v + d, width, static_cast<int>(p_.head_dim_v - d), &poison);
+    }
+    const C sum = reduce_add(poison);
+    return sum == sum;
+  }
+
+  template <int R, int V, typename T, typename Lanes>
+  void multiply_columns(C* out, const C* s, const T* v, int64_t width, Lanes n, Vec<C>* poison) const {
+    constexpr int W = Vec<C>::kWidth;
+    Vec<C> sum[R][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = Vec<C>::zero();
+    }
+    for (int64_t j = 0; j < width; ++j, v += p_.v.stride[2]) {
+      Vec<C> value[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) value[i] = load_as_n<C>(v + i * W, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<C> weight = Vec<C>::set1(s[r * kPiece + j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) {
+        store(out + r * pieces_ * partial_size() + i * W, sum[r][i]);
+        *poison = fma(sum[r][i], Vec<C>::zero(), *poison);
+      }
+    }
+  }
+
+  template <typename T>
+  void multiply_visible(C* out, const C* s, const T* v, const Mask& mask, int64_t row, Range columns) const {
+    for (int64_t d = 0; d < out_stride_; d += Vec<C>::kWidth) store(out + d, Vec<C>::zero());
+    for (int64_t j = columns.begin; j < columns.end; ++j, ++s, v += p_.v.stride[2]) {
+      if (!mask.visible(row, j)) continue;
+      for_each_vec<C>(p_.head_dim_v, [&](int64_t d, auto n) {
+        store(out + d, fma(Vec<C>::set1(*s), load_as_n<C>(v + d, n), load(out + d)));
+      });
+    }
+  }
+
+  // Adds the pieces of one row and writes it.
+  void combine(C* partials, int64_t group, int64_t r) const {
+    const int64_t batch = group / p_.num_heads_kv;
+    const int64_t head = group % p_.num_heads_kv * group_size_ + r / p_.seq_len_q, row = r % p_.seq_len_q;
+    C highest = -infinity<C>();
+    for (int64_t piece = 0; piece < pieces_; ++piece) {
+      const C here = partials[piece * partial_size() + out_stride_];
+      highest = here < highest ? highest : here;
+    }
+    const Vec<C> shift = Vec<C>::set1(highest == -infinity<C>() ? C(0) : highest);
+    C sum = 0;
+    for (int64_t piece = 0; piece < pieces_; ++piece) {
+      C* partial = partials + piece * partial_size();
+      const Vec<C> alpha = exp2((Vec<C>::set1(partial[out_stride_]) - shift) * Vec<C>::set1(scores_.to_log2()));
+      C factor;
+      store_n(&factor, alpha, 1);
+      sum += factor * partial[out_stride_ + 1];
+      for (int64_t d = 0; d < out_stride_; d += Vec<C>::kWidth) {
+        const Vec<C> before = piece == 0 ? Vec<C>::zero() : load(partials + d);
+        store(partials + d, fma(alpha, load(partial + d), before));
+      }
+    }
+    C* lse = static_cast<C*>(args_.lse) + (batch * p_.num_heads_q + head) * p_.seq_len_q + row;
+    const C factor = end_row(p_, head, sum, static_cast<double>(highest) * scores_.to_natural(), lse);
+    write_row(args_.out, batch, head, row, p_.head_dim_v, partials, factor);
+  }
+
+  const AttentionForwardArgs& args_;
+  const AttentionProblem& p_;
+  const Scores<C> scores_;
+  const int64_t group_size_, rows_, pieces_, out_stride_;
+};
+
+}  // namespace
+
+void attention_decode(const AttentionForwardArgs& args) {
+  if (args.problem.q.dtype == DType::kFloat64) {
+    Decode<double>(args).run();
+  } else {
+    Decode<float>(args).run();
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA
