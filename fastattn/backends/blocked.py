@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
 from fastattn.reference.linear_cross_entropy import reduce
-from fastattn.reference.philox import keep_mask
 from fastattn.spec.attention import lse_dtype
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
@@ -95,9 +94,20 @@ def _hidden(call: FeedForwardCall, x: Tensor, rows: slice) -> tuple[Tensor, Tens
         gate = linear(call.weight_gate, call.bias_gate)
         hidden = hidden * gate
     if call.dropout_state is not None:
-        keep = keep_mask(call.dropout_state, call.dropout_p, 1, call.num_tokens, call.ff_dim)[0, rows]
+        keep = _keep(call, rows)
         hidden = (hidden / (1.0 - call.dropout_p)).where(keep, 0.0)
     return hidden, before, gate, keep
+
+
+def _keep(call: FeedForwardCall, rows: slice) -> Tensor:
+    """Returns what dropout keeps of a block of tokens: bool [rows, ff_dim]."""
+    from fastattn.backends.cpu import kernels
+
+    assert call.dropout_state is not None
+    # The generator counts rows from the first.
+    keep = torch.empty(1, min(rows.stop, call.num_tokens), call.ff_dim, dtype=torch.bool)
+    kernels().dropout_mask(keep, call.dropout_state, call.dropout_p)
+    return keep[0, rows]
 
 
 def linear_cross_entropy(call: LinearCrossEntropyCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
