@@ -64,7 +64,7 @@ excess(train(make(4096, 32), slopes, bias=Alibi(slopes), sinks=torch.zeros(8)))
 query, key, _ = (t.detach() for t in make(4096, 32))
 excess(lambda: [fastattn.attention_weights(query, key, mask=Causal(), reduce=r) for r in ("key_sum", "entropy")])
 """,
-        60e6,
+        200e6,  # a few blocks of 4 M weights, whatever the length
     ),
 }
 
