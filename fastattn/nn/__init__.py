@@ -5,6 +5,7 @@ from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positional import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
+from fastattn.nn.softmax import Softmax
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -22,6 +23,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
+    "Softmax",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
