@@ -1,8 +1,8 @@
 """Builds `fastattn._cpu`, the C++ kernels, without torch.
 
-Each kernel of `csrc/cpu/` is compiled once for each instruction set of `ISAS`, the files of `COMPILED_ONCE` once. Objects are
-kept in the build folder and rebuilt only when a source, a header or the command changed. Without a compiler the package
-still installs and runs on its reference backend; FASTATTN_REQUIRE_CPU=1 makes that an error.
+Each kernel of `csrc/cpu/` is compiled once for each instruction set of `ISAS`, the files of `COMPILED_ONCE` once.
+Objects are kept in the build folder and rebuilt only when a source, a header or the command changed. Without a compiler
+the package still installs and runs on its reference backend; FASTATTN_REQUIRE_CPU=1 makes that an error.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +39,16 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     )
 
 
-def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``(norm(residual + x), residual + x)``."""
     if _fuses_norm(norm, x, residual):
-        return layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+        normed, total = layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+        return normed, total
     total = residual + x
     return norm(total), total
 
 
-def feed_forward(
-    linear1: nn.Module, activation: Callable[[Tensor], Tensor], dropout: nn.Module, linear2: nn.Module, x: Tensor
-) -> Tensor:
+def feed_forward(linear1: Any, activation: Callable[[Tensor], Tensor], dropout: Any, linear2: Any, x: Tensor) -> Tensor:
     """Returns ``linear2(dropout(activation(linear1(x))))``."""
     name = _activation_name(activation) if is_plain(linear1, nn.Linear) else None
     if name is None or not _fuses_feed_forward(linear1, dropout, linear2, x):
@@ -67,7 +67,7 @@ def feed_forward(
     )
 
 
-def _fuses_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> bool:
+def _fuses_norm(norm: Any, x: Tensor, residual: Tensor) -> bool:
     # A compiler fuses the modules itself.
     return (
         not torch.compiler.is_compiling()
@@ -80,7 +80,7 @@ def _fuses_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> bool:
     )
 
 
-def _fuses_feed_forward(linear1: nn.Linear, dropout: nn.Module, linear2: nn.Module, x: Tensor) -> bool:
+def _fuses_feed_forward(linear1: Any, dropout: Any, linear2: Any, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not is_plain(linear2, nn.Linear):
         return False
     # For gradients the op computes the hidden activation again, which costs a quarter more time than keeping it.
@@ -90,7 +90,7 @@ def _fuses_feed_forward(linear1: nn.Linear, dropout: nn.Module, linear2: nn.Modu
     return hidden >= _LEAST_FEED_FORWARD and is_plain(dropout, nn.Dropout) and dropout.p < 1.0
 
 
-def _activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+def _activation_name(activation: Any) -> str | None:
     """Returns the kernels' name of ``activation``, or None for one that they do not have."""
     if is_plain(activation, nn.ReLU):
         return "relu"

@@ -167,7 +167,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _linear(self, x: Tensor, first: int, last: int) -> Tensor:
         """Applies the projections ``first:last`` of (query, key, value) in one product."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
         if last - first < 3:
             part = slice(first * self.embed_dim, last * self.embed_dim)
             bias = None if bias is None else bias[part]
@@ -175,6 +176,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
             else:
                 weight = weight[part]
+        assert weight is not None
         return F.linear(x, weight, bias)
 
     def _heads(self, projected: Tensor) -> Tensor:

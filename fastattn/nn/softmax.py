@@ -23,5 +23,5 @@ class Softmax(nn.Softmax):
         """Returns the softmax of ``input``, [like it]; ``mask`` is bool and broadcasts to it."""
         dim = self.dim
         if dim is None:
-            dim = nn.functional._get_softmax_dim("softmax", input.dim(), 4)
+            dim = nn.functional._get_softmax_dim("softmax", input.dim(), 4)  # type: ignore[attr-defined]
         return softmax(input, dim, mask=mask)

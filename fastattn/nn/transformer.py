@@ -29,7 +29,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     Normalization in the Transformer Architecture", 2020, figure 1.
     """
 
-    @functools.wraps(nn.TransformerEncoderLayer.__init__)
+    @functools.wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _use_fastattn(self.self_attn)
@@ -61,11 +61,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             padded, lengths = _nested.pad(src)
             out = self.forward(padded, None, _nested.key_lengths(lengths, src.device))
             return _nested.nest(out, lengths, src)
+        masks: Any = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
-            attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
+            attended = self._sa_block(self.norm1(src), *masks)
             normed, x = add_norm(self.norm2, attended, src)
             return x + self._ff_block(normed)
-        x, _ = add_norm(self.norm1, self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal), src)
+        x, _ = add_norm(self.norm1, self._sa_block(src, *masks), src)
         return add_norm(self.norm2, self._ff_block(x), x)[0]
 
     def _ff_block(self, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
     """
 
-    @functools.wraps(nn.TransformerDecoderLayer.__init__)
+    @functools.wraps(nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _use_fastattn(self.self_attn)
@@ -174,7 +175,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask_check: bool = True,
     ) -> None:
         # False: PyTorch's constructor would warn about the path that this class does not have.
-        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
+        layer: Any = encoder_layer
+        super().__init__(layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
 
     def forward(

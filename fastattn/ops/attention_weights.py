@@ -197,8 +197,8 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
     call, dresult, needed = _unflat(args[:_NUM_FIELDS]), args[-2], args[-1]
     tensors = _inputs(call)
     wanted = [t is not None and need for t, need in zip(tensors, needed, strict=True)]
-    leaves = [t.detach().requires_grad_() if w else t for t, w in zip(tensors, wanted, strict=True)]
-    inputs = [t for t, w in zip(leaves, wanted, strict=True) if w]
+    leaves = [t.detach().requires_grad_() if t is not None and w else t for t, w in zip(tensors, wanted, strict=True)]
+    inputs = [t for t, w in zip(leaves, wanted, strict=True) if t is not None and w]
     sums = [torch.zeros_like(t, dtype=lse_dtype(t.dtype)) for t in inputs]
     at = 0
     with torch.enable_grad():
@@ -213,7 +213,7 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
                 total += grad
     found = iter(sums)
     return [
-        torch.empty_like(t).copy_(next(found)) if w else call.lse.new_empty(0)
+        torch.empty_like(t).copy_(next(found)) if t is not None and w else call.lse.new_empty(0)
         for t, w in zip(tensors, wanted, strict=True)
     ]
 
@@ -231,8 +231,9 @@ def _inputs(call: WeightsCall) -> list[Tensor | None]:
 
 
 def _with_inputs(call: WeightsCall, tensors: list[Tensor | None]) -> WeightsCall:
-    attention = call.attention._replace(**dict(zip(DIFFERENTIABLE, tensors, strict=False)))
-    return call._replace(attention=attention, lse=tensors[-1])
+    fields: dict[str, Any] = dict(zip((*DIFFERENTIABLE, "lse"), tensors, strict=True))
+    lse = fields.pop("lse")
+    return call._replace(attention=call.attention._replace(**fields), lse=lse)
 
 
 class _AttentionWeights(torch.autograd.Function):
