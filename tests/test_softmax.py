@@ -8,6 +8,7 @@ from exactness import assert_as_exact_as_eager
 from torch import Tensor
 
 import fastattn
+from fastattn.spec.softmax import softmax_call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPS = {"softmax": (fastattn.softmax, torch.softmax), "log_softmax": (fastattn.log_softmax, torch.log_softmax)}
@@ -234,6 +235,27 @@ def test_dtype_argument(backend, op, input_dtype, dtype):
         expected = run(lambda t: theirs(t, -1, dtype=dtype), x, direction)
         assert found["grad"].dtype == input_dtype
         torch.testing.assert_close(found["grad"], expected["grad"], **tolerance(dtype, input_dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 100, 5000])
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_stores_past_the_caches(backend, dtype, columns, offset):
+    """Into an existing buffer at any alignment, without a touch of what lies around it."""
+    if backend == "reference":
+        pytest.skip("has no such stores")
+    from fastattn import _cpu
+
+    call = softmax_call(normal((3, columns), dtype), -1, mask=None, scale=1.0, dtype=None, log=False, backend="cpu")
+    results = []
+    for past_caches in (False, True):
+        buffer = torch.full((offset + 3 * columns + 64,), 7.0, dtype=dtype)
+        out = buffer[offset : offset + 3 * columns].view(3, columns)
+        _cpu.softmax(call, out, past_caches)
+        assert bool((buffer[:offset] == 7.0).all())
+        assert bool((buffer[offset + 3 * columns :] == 7.0).all())
+        results.append(out)
+    assert torch.equal(*results)
 
 
 @every_op

@@ -1,7 +1,7 @@
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, for merging partial sums.
 //
-// A line is read once for the maximum and the sum, chunk by chunk in L1, and once more for the result: the exponentials
-// are computed twice, which costs less than storing them, because the memory is what the kernel waits for.
+// A line is read once for the maximum and the sum, chunk by chunk in L1, and once more for the result, for which the
+// exponentials are computed again rather than stored: half precision could not hold them without a second rounding.
 #include "softmax.h"
 
 #include "reduce.h"
