@@ -209,7 +209,7 @@ def test_verify_fails_with_status_1(monkeypatch, capsys, folder):
     assert "against a float64 copy of itself: pass" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("op", ["feed_forward", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", list(row_cases.FAMILIES))
 def test_row_cases_keep_the_rule(op):
     assert verify_ops.verify_ops(ops=[op], dtypes=[torch.bfloat16]).ok
     report = verify_ops.verify_ops(ops=[op], dtypes=[torch.float32])
@@ -242,6 +242,7 @@ def _small_grid():
             ]
         },
         "decode": {"rows": [{"name": "one", "batch": 1, "heads": [4, 2], "cache": 33, "head_dim": 8}]},
+        "softmax": {"rows": [[7, 33]]},
         "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
         "module": {"rows": [[2, 5, 16, 2]]},
     }
@@ -256,11 +257,11 @@ def test_bench_checks_and_times_every_family(dtype, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(bench.Result, "ratio", property(lambda self: 1.0))
     monkeypatch.setattr(bench.Result, "rate", property(lambda self: 1.0))
     out = tmp_path / "results.jsonl"
-    assert bench.run(["attention", "decode", "feed_forward", "module"], None, [dtype], False, out) == 0
+    assert bench.run(list(bench_cases.FAMILIES), None, [dtype], False, out) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0]["environment"]["torch"] == str(torch.__version__)
     rows = {(line["family"], line["row"], line["direction"]) for line in lines[1:]}
-    assert len(rows) == len(lines) - 1 == 7 * 2 + 1 + 2 * 2 + 2
+    assert len(rows) == len(lines) - 1 == 7 * 2 + 1 + 2 + 2 * 2 + 2
     assert ("attention", "bias", "forward + backward") in rows
     assert all("note" not in line for line in lines[1:])
     assert "ratio" in capsys.readouterr().out

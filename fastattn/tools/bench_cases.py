@@ -17,6 +17,7 @@ import fastattn.nn
 from fastattn import masks
 from fastattn.ops.attention import attention
 from fastattn.ops.feed_forward import feed_forward
+from fastattn.ops.softmax import softmax
 from fastattn.reference import attention as formula
 from fastattn.spec.attention import AttentionCall, attention_call
 from fastattn.spec.attention_weights import select_rows
@@ -252,8 +253,6 @@ def _decode(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[C
 
 def _softmax(name: str, row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
     draw = _Draw(dtype)
-    from fastattn.ops.softmax import softmax
-
     tensors, dout = [draw(*row)], draw(*row)
     few = slice(0, 64)
     size = float(tensors[0].numel() * tensors[0].element_size())
