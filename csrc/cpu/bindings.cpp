@@ -13,6 +13,7 @@
 #include "attention_forward.h"
 #include "attention_weights.h"
 #include "dropout_mask.h"
+#include "feed_forward.h"
 #include "isa.h"
 #include "lines.h"
 #include "norm.h"
@@ -174,6 +175,64 @@ AttentionProblem read_attention(const py::tuple& call) {
     const TensorInfo sinks = read_tensor(field(kSinks));
     p.sinks = {sinks.data, sinks.dtype, {0, sinks.stride[0], 0, 0}};
   }
+  p.dropout = read_dropout(field(kDropoutState), PyFloat_AsDouble(field(kDropoutP).ptr()));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return p;
+}
+
+// A matrix whose columns are contiguous, [rows, columns]; None for an absent one.
+Matrix read_matrix(py::handle tensor, int64_t rows, int64_t columns, DType dtype) {
+  if (tensor.is_none()) return {};
+  const TensorInfo info = read_tensor(tensor);
+  const bool fits = info.dims == 2 && info.size[0] == rows && info.size[1] == columns && info.dtype == dtype &&
+                    (columns == 1 || info.stride[1] == 1);
+  if (!fits) throw std::invalid_argument("a matrix of the feed-forward has a wrong shape, dtype or stride");
+  return {info.data, info.stride[0]};
+}
+
+// A contiguous vector, or null for None.
+void* read_vector(py::handle tensor, int64_t size, DType dtype) {
+  if (tensor.is_none()) return nullptr;
+  const TensorInfo info = read_tensor(tensor);
+  const bool fits = info.dims == 1 && info.size[0] == size && info.dtype == dtype && (size == 1 || info.stride[0] == 1);
+  if (!fits) throw std::invalid_argument("a vector of the feed-forward has a wrong shape, dtype or stride");
+  return info.data;
+}
+
+// The fields of spec.FeedForwardCall, by position, with the input as [tokens, model_dim].
+FeedForwardProblem read_feed_forward(const py::tuple& call) {
+  enum Field {
+    kInput,
+    kWeightIn,
+    kBiasIn,
+    kWeightGate,
+    kBiasGate,
+    kWeightOut,
+    kBiasOut,
+    kDropoutState,
+    kActivation,
+    kDropoutP
+  };
+  const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
+  const TensorInfo input = read_tensor(field(kInput)), out = read_tensor(field(kWeightOut));
+  FeedForwardProblem p;
+  p.tokens = input.size[0];
+  p.model_dim = input.size[1];
+  p.ff_dim = out.size[1];
+  p.out_dim = out.size[0];
+  p.dtype = input.dtype;
+  p.input = read_matrix(field(kInput), p.tokens, p.model_dim, p.dtype);
+  p.weight_in = read_matrix(field(kWeightIn), p.ff_dim, p.model_dim, p.dtype);
+  p.bias_in = read_vector(field(kBiasIn), p.ff_dim, p.dtype);
+  p.weight_gate = read_matrix(field(kWeightGate), p.ff_dim, p.model_dim, p.dtype);
+  p.bias_gate = read_vector(field(kBiasGate), p.ff_dim, p.dtype);
+  p.weight_out = read_matrix(field(kWeightOut), p.out_dim, p.ff_dim, p.dtype);
+  p.bias_out = read_vector(field(kBiasOut), p.out_dim, p.dtype);
+  const auto activation = py::cast<std::string>(field(kActivation));
+  p.activation = activation == "relu"        ? Activation::kRelu
+                 : activation == "gelu"      ? Activation::kGelu
+                 : activation == "gelu_tanh" ? Activation::kGeluTanh
+                                             : Activation::kSilu;
   p.dropout = read_dropout(field(kDropoutState), PyFloat_AsDouble(field(kDropoutP).ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
   return p;
@@ -361,6 +420,20 @@ void register_softmax(py::module_& m) {
       "Writes the gradient of a spec.SoftmaxBackwardCall whose out and dout are contiguous into contiguous `dinput`.");
 }
 
+void register_feed_forward(py::module_& m) {
+  m.def(
+      "feed_forward",
+      [](const py::tuple& call, py::handle out) {
+        FeedForwardArgs args;
+        args.problem = read_feed_forward(call);
+        const FeedForwardProblem& p = args.problem;
+        args.out = read_matrix(out, p.tokens, p.out_dim, p.dtype);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(feed_forward, args);
+      },
+      "Writes out [tokens, out_dim] of a spec.FeedForwardCall with input [tokens, model_dim], not float64.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -369,6 +442,7 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::fetch_python_objects();
   fastattn::register_isa(m);
   fastattn::register_dropout_mask(m);
+  fastattn::register_feed_forward(m);
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);

@@ -18,32 +18,47 @@ inline uint64_t spread4(uint64_t x) {
 #endif
 }
 
+// Turns counters into random words; of each lane, only the low 32 bits count.
+inline void philox(const Dropout& dropout, U64Vec (&c)[4]) {
+  const U64Vec m0 = U64Vec::set1(0xD2511F53), m1 = U64Vec::set1(0xCD9E8D57);
+  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const U64Vec p0 = mul_low32(c[0], m0), p1 = mul_low32(c[2], m1);
+    c[0] = xor3(high32(p1), c[1], U64Vec::set1(k0));
+    c[2] = xor3(high32(p0), c[3], U64Vec::set1(k1));
+    c[1] = p1;
+    c[3] = p0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+}
+
 // Bit k says whether element (slice, row, column + k) survives; column is a multiple of 64.
 inline uint64_t dropout_keep_bits(const Dropout& dropout, uint64_t slice, uint64_t row, uint64_t column) {
-  const U64Vec m0 = U64Vec::set1(0xD2511F53), m1 = U64Vec::set1(0xCD9E8D57);
   const U64Vec threshold = U64Vec::set1(dropout.threshold);
   uint64_t dropped[4] = {0, 0, 0, 0};
   for (int lane = 0; lane < 16; lane += U64Vec::kWidth) {
-    // Only the low 32 bits of a lane count: what a product leaves above them is ignored by the next one.
-    U64Vec c0 = U64Vec::iota(column / 4 + static_cast<uint64_t>(lane)), c1 = U64Vec::set1(row);
-    U64Vec c2 = U64Vec::set1(slice), c3 = U64Vec::set1(dropout.offset);
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const U64Vec p0 = mul_low32(c0, m0), p1 = mul_low32(c2, m1);
-      c0 = xor3(high32(p1), c1, U64Vec::set1(k0));
-      c2 = xor3(high32(p0), c3, U64Vec::set1(k1));
-      c1 = p1;
-      c3 = p0;
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    dropped[0] |= uint64_t{lt_low32(c0, threshold)} << lane;
-    dropped[1] |= uint64_t{lt_low32(c1, threshold)} << lane;
-    dropped[2] |= uint64_t{lt_low32(c2, threshold)} << lane;
-    dropped[3] |= uint64_t{lt_low32(c3, threshold)} << lane;
+    U64Vec words[4] = {U64Vec::iota(column / 4 + static_cast<uint64_t>(lane)), U64Vec::set1(row), U64Vec::set1(slice),
+                       U64Vec::set1(dropout.offset)};
+    philox(dropout, words);
+    for (int j = 0; j < 4; ++j) dropped[j] |= uint64_t{lt_low32(words[j], threshold)} << lane;
   }
   return ~(spread4(dropped[0]) | spread4(dropped[1]) << 1 | spread4(dropped[2]) << 2 | spread4(dropped[3]) << 3);
+}
+
+// Bit r of keep[j] says whether element (slice, row + r, column + j) survives, for r < rows <= 64; column is a multiple
+// of 4.
+inline void dropout_keep_bits_of_rows(const Dropout& dropout, uint64_t slice, uint64_t row, uint64_t column, int rows,
+                                      uint64_t (&keep)[4]) {
+  const U64Vec threshold = U64Vec::set1(dropout.threshold);
+  for (uint64_t& bits : keep) bits = ~uint64_t{0};
+  for (int lane = 0; lane < rows; lane += U64Vec::kWidth) {
+    U64Vec words[4] = {U64Vec::set1(column / 4), U64Vec::iota(row + static_cast<uint64_t>(lane)), U64Vec::set1(slice),
+                       U64Vec::set1(dropout.offset)};
+    philox(dropout, words);
+    for (int j = 0; j < 4; ++j) keep[j] ^= uint64_t{lt_low32(words[j], threshold)} << lane;
+  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -36,8 +36,8 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def feed_forward(call: FeedForwardCall, out: Tensor) -> None:
-    """Writes the block's result to ``out`` [..., out_dim], contiguous."""
-    x, out = call.input.reshape(call.num_tokens, -1), out.view(call.num_tokens, -1)
+    """Writes the block's result to ``out`` [tokens, out_dim]."""
+    x = call.input.reshape(call.num_tokens, -1)
     for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim):
         hidden = _hidden(call, x[rows], rows)[0]
         if call.bias_out is None:

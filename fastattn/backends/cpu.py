@@ -65,7 +65,11 @@ class CpuBackend(Backend):
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         out = feed_forward_spec.empty_output(call)
-        blocked.feed_forward(call, out)
+        tokens = out.view(call.num_tokens, -1)
+        if uses_torch_products(cpu_flags(), call.input.dtype):
+            blocked.feed_forward(call, tokens)
+        else:
+            kernels().feed_forward(_rows_contiguous(call), tokens)
         return out
 
     def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -127,6 +131,13 @@ def _matrix(tensor: Tensor, columns: int) -> Tensor:
     """Returns ``tensor`` as [rows, columns] with adjacent columns, copied only where no view is possible."""
     matrix = tensor.reshape(-1, columns)
     return matrix if columns == 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _rows_contiguous(call: FeedForwardCall) -> FeedForwardCall:
+    """Returns ``call`` with input [tokens, model_dim] and all last dimensions contiguous, copied where needed."""
+    tensors = [call.input.reshape(call.num_tokens, -1), *call[1 : call._fields.index("dropout_state")]]
+    fitting = [t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+    return FeedForwardCall(*fitting, *call[len(fitting) :])
 
 
 def uses_torch_products(flags: Collection[str], dtype: torch.dtype) -> bool:
