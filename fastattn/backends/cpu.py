@@ -135,9 +135,13 @@ def _matrix(tensor: Tensor, columns: int) -> Tensor:
 
 def _rows_contiguous(call: FeedForwardCall) -> FeedForwardCall:
     """Returns ``call`` with input [tokens, model_dim] and all last dimensions contiguous, copied where needed."""
-    tensors = [call.input.reshape(call.num_tokens, -1), *call[1 : call._fields.index("dropout_state")]]
-    fitting = [t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
-    return FeedForwardCall(*fitting, *call[len(fitting) :])
+    call = call._replace(input=call.input.reshape(call.num_tokens, -1))
+    copied = {}
+    for field in feed_forward_spec.DIFFERENTIABLE:
+        tensor = getattr(call, field)
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            copied[field] = tensor.contiguous()
+    return call._replace(**copied) if copied else call
 
 
 def uses_torch_products(flags: Collection[str], dtype: torch.dtype) -> bool:
