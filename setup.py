@@ -1,8 +1,9 @@
 """Builds `fastattn._cpu`, the C++ kernels, without torch.
 
-Each kernel of `csrc/cpu/` is compiled once for each instruction set of `ISAS`, the files of `COMPILED_ONCE` once.
-Objects are kept in the build folder and rebuilt only when a source, a header or the command changed. Without a compiler
-the package still installs and runs on its reference backend; FASTATTN_REQUIRE_CPU=1 makes that an error.
+Each kernel of `csrc/cpu/` is compiled once for each instruction set of `ISAS`, `*_amx.cpp` for AMX alone, the files of
+`COMPILED_ONCE` once. Objects are kept in the build folder and rebuilt only when a source, a header or the command
+changed. Without a compiler the package still installs and runs on its reference backend; FASTATTN_REQUIRE_CPU=1 makes
+that an error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ISAS: dict[str, list[str]] = {"portable": []}
 if IS_X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    if sys.platform == "linux":  # which alone gives tile registers to a process that asks
+        ISAS["amx"] = [*ISAS["avx512"], "-DFASTATTN_ISA_AVX512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 # NaN, Inf and signed zero keep their meaning (no -ffast-math); only errno and floating-point traps are given up.
 COMMON_FLAGS = [
@@ -64,6 +67,12 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise BuildUnavailable("no C++ compiler found: install one (for example `apt install g++`) and install again")
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def is_current(target: Path, command: list[str]) -> bool:
@@ -123,7 +132,8 @@ class BuildExt(build_ext):
             raise BuildUnavailable(f"Python.h is not in {python_include}: install Python's headers (python3-dev)")
         compiler = find_compiler()
         out_dir = Path(self.build_temp) / "cpu"
-        targets = " ".join(f"-DFASTATTN_HAS_{isa.upper()}" for isa in ISAS).split()
+        isas = {isa: flags for isa, flags in ISAS.items() if isa != "amx" or accepts(compiler, flags)}
+        targets = [f"-DFASTATTN_HAS_{isa.upper()}" for isa in isas]
         jobs: list[tuple[Path, list[str]]] = []
 
         def add(source: Path, name: str, flags: list[str]) -> None:
@@ -137,8 +147,14 @@ class BuildExt(build_ext):
             if source.stem in COMPILED_ONCE:
                 add(source, source.stem, python_flags if source.stem == "bindings" else [])
                 continue
-            for isa, flags in ISAS.items():
-                add(source, f"{source.stem}.{isa}", [*flags, f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_ISA_{isa.upper()}"])
+            for isa, flags in isas.items():
+                # AMX has kernels of its own for some of the work and AVX-512's for the rest.
+                if (isa == "amx") == source.stem.endswith("_amx"):
+                    add(
+                        source,
+                        f"{source.stem}.{isa}",
+                        [*flags, f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_ISA_{isa.upper()}"],
+                    )
 
         workers = int(os.environ.get("MAX_JOBS", "0")) or max(2, os.cpu_count() or 2)
         with ThreadPoolExecutor(workers) as pool:

@@ -48,13 +48,26 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if not isa:
         yield name
         return
+    if isa == "amx" and request.node.callspec.params.get("dtype", torch.bfloat16) != torch.bfloat16:
+        pytest.skip("AMX has kernels for bfloat16 alone; the others are AVX-512's")
     before = _cpu.isa()
     _cpu.set_isa(isa)
     yield name
     _cpu.set_isa(before)
 
 
+@pytest.fixture
+def native(backend: str) -> torch.dtype:
+    """A dtype for which the instruction set in force has kernels of its own."""
+    return torch.bfloat16 if backend == "cpu" and _cpu.isa() == "amx" else torch.float32
+
+
 cpu_only = pytest.mark.skipif(_cpu is None, reason="the extension fastattn._cpu is not built")
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Of results that may have been added up in another order and then rounded to ``dtype``."""
+    return dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -137,9 +150,9 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, backend: str) -> No
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_calls(seed: int, backend: str) -> None:
+def test_random_calls(seed: int, backend: str, native: torch.dtype) -> None:
     case = random_case(seed)
-    dtype = DTYPES[seed % 4]
+    dtype = native if native == torch.bfloat16 else DTYPES[seed % 4]
     assert_as_exact_as_eager(run(inputs(case, dtype).to(dtype), backend), case, dtype)
 
 
@@ -156,10 +169,10 @@ def test_bias_and_sinks_of_another_dtype(bias_dtype: torch.dtype, backend: str) 
 
 
 @pytest.mark.parametrize("missing", ["query", "key", "value", "bias", "sinks", "table"])
-def test_only_needed_gradients(missing: str, backend: str) -> None:
+def test_only_needed_gradients(missing: str, backend: str, native: torch.dtype) -> None:
     case = CASES["relative" if missing == "table" else "everything"]
-    complete = run(inputs(case).to(torch.float32), backend).grads
-    given = inputs(case).to(torch.float32)
+    complete = run(inputs(case).to(native), backend).grads
+    given = inputs(case).to(native)
     given.leaves[missing].requires_grad_(False)
     for wanted in ({missing}, set(complete) - {missing}):
         for name, leaf in given.leaves.items():
@@ -241,9 +254,9 @@ def test_out_follows_the_memory_order_of_query(backend: str) -> None:
 # Empty rows, and what is masked.
 
 
-def test_empty_rows(backend: str) -> None:
+def test_empty_rows(backend: str, native: torch.dtype) -> None:
     case = Case(seq_len=(150, 50), mask="causal", bias=(False, True, True, True))
-    found = run(inputs(case).to(torch.float32), backend)
+    found = run(inputs(case).to(native), backend)
     assert (found.out[:, :, :100] == 0).all()
     assert (found.lse[:, :, :100] == float("-inf")).all()
     assert (found.grads["query"][:, :, :100] == 0).all()
@@ -251,51 +264,51 @@ def test_empty_rows(backend: str) -> None:
     assert all(t.isfinite().all() for t in found.grads.values())
 
 
-def test_every_row_empty(backend: str) -> None:
-    given = inputs(Case(sinks=True)).to(torch.float32)._replace(mask=KeyLengths(torch.zeros(2, dtype=torch.int32)))
+def test_every_row_empty(backend: str, native: torch.dtype) -> None:
+    given = inputs(Case(sinks=True)).to(native)._replace(mask=KeyLengths(torch.zeros(2, dtype=torch.int32)))
     found = run(given, backend)
     assert (found.out == 0).all()
-    assert torch.equal(found.lse, given.leaves["sinks"].detach()[None, :, None].expand(2, 2, 70))
+    assert torch.equal(found.lse, given.leaves["sinks"].detach().float()[None, :, None].expand(2, 2, 70))
     assert all((found.grads[n] == 0).all() for n in ("query", "key", "value"))
-    torch.testing.assert_close(found.grads["sinks"], given.dlse.sum((0, 2)))
+    torch.testing.assert_close(found.grads["sinks"], given.dlse.sum((0, 2)).to(native))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("mask", MASKS)
-def test_masked_places_do_not_exist(mask: str, poison: float, backend: str) -> None:
+def test_masked_places_do_not_exist(mask: str, poison: float, backend: str, native: torch.dtype) -> None:
     """NaN and Inf in keys, values and biases that no query sees, and in queries that see no key, change nothing."""
     case = Case(batch=2, heads=(4, 2), seq_len=(150, 170), mask=mask, bias=(True, True, True, True))
-    given = inputs(case).to(torch.float32)
+    given = inputs(case).to(native)
     clean = run(given, backend)
     allowed = given.mask.to_dense(*case.shape)
     unseen = ~allowed.any(dim=2).unflatten(1, (2, 2)).any(dim=2)  # [batch, num_heads_kv, seq_len_k]
-    poisoned = inputs(case).to(torch.float32)
+    poisoned = inputs(case).to(native)
     with torch.no_grad():
         poisoned.leaves["bias"].masked_fill_(~allowed, poison)
         for name in ("key", "value"):
             poisoned.leaves[name].masked_fill_(unseen[..., None], poison)
         poisoned.leaves["query"].masked_fill_(~allowed.any(dim=3)[..., None], poison)
     for name, tensor in run(poisoned, backend).named().items():
-        torch.testing.assert_close(tensor, clean.named()[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, clean.named()[name], **tolerance(native), msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_poison_stays_with_those_who_see_it(where: str, poison: float, backend: str) -> None:
+def test_poison_stays_with_those_who_see_it(where: str, poison: float, backend: str, native: torch.dtype) -> None:
     """The last key of a causal call belongs to the last query alone: all other rows of out and dq keep their value."""
     case = Case(seq_len=(150, 150), head_dim=(24, 40), mask="causal")
-    clean = run(inputs(case).to(torch.float32), backend)
-    given = inputs(case).to(torch.float32)
+    clean = run(inputs(case).to(native), backend)
+    given = inputs(case).to(native)
     with torch.no_grad():
         given.leaves[where][:, :, -1] = poison
     found = run(given, backend)
     for name, tensor in (("out", found.out), ("lse", found.lse), ("dquery", found.grads["query"])):
-        torch.testing.assert_close(tensor[:, :, :-1], clean.named()[name][:, :, :-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensor[:, :, :-1], clean.named()[name][:, :, :-1], **tolerance(native))
     assert not found.out[:, :, -1].isfinite().all()
 
 
-def test_nan_that_is_seen_is_not_hidden(backend: str) -> None:
-    given = inputs(CASES["plain"]).to(torch.float32)
+def test_nan_that_is_seen_is_not_hidden(backend: str, native: torch.dtype) -> None:
+    given = inputs(CASES["plain"]).to(native)
     with torch.no_grad():
         given.leaves["key"][0, 0, 3, 2] = float("nan")
     found = run(given, backend)
@@ -318,9 +331,9 @@ def test_huge_scores(backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES["dropout"], CASES["dropout-gqa"]], ids=str)
-def test_dropout_drops_what_the_definition_says(case: Case, backend: str) -> None:
-    given = inputs(replace(case, mask="")).to(torch.float32)
-    eye = torch.eye(case.seq_len[1]).expand(case.batch, case.heads[1], -1, -1)
+def test_dropout_drops_what_the_definition_says(case: Case, backend: str, native: torch.dtype) -> None:
+    given = inputs(replace(case, mask="")).to(native)
+    eye = torch.eye(case.seq_len[1], dtype=native).expand(case.batch, case.heads[1], -1, -1)
     weights = fastattn.attention(**arguments(given, backend=backend, value=eye))
     assert torch.equal(weights != 0, torch.from_numpy(philox_keep(case)))
 

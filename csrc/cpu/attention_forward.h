@@ -13,5 +13,6 @@ struct AttentionForwardArgs {
 };
 
 FASTATTN_DECLARE(void attention_forward(const AttentionForwardArgs& args))
+FASTATTN_DECLARE_AMX(attention_forward, AttentionForwardArgs)
 
 }  // namespace fastattn

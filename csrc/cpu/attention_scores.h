@@ -9,7 +9,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-enum class ScoreUnit { kCheapest, kNatural };
+// kRaw is for products of the queries as they are, unscaled.
+enum class ScoreUnit { kCheapest, kNatural, kRaw };
 
 // A score is held in one of two units, unless kNatural asks for the second. Without softcap and bias it stays the
 // product of the packed queries and the keys, and the rest of the scale is folded into the exponent: nothing is done to
@@ -18,6 +19,14 @@ template <typename C>
 class Scores {
  public:
   explicit Scores(const AttentionProblem& p, ScoreUnit unit = ScoreUnit::kCheapest) : p_(p) {
+    plain_ = unit != ScoreUnit::kNatural && p.softcap == 0 && p.bias[0].data == nullptr && p.bias[1].data == nullptr;
+    if (unit == ScoreUnit::kRaw) {
+      plain_ = plain_ && p.softmax_scale > 0;
+      query_factor_ = 1;
+      rest_ = static_cast<C>(p.softmax_scale);
+      to_natural_ = plain_ ? p.softmax_scale : 1.0;
+      return;
+    }
     // The scale's sign and power of two go into the queries, where they cost no rounding; [1/2, 1) is left. A scale of
     // 0 goes there whole: a masked score of -inf must not meet a factor of 0.
     int exponent = 0;
@@ -25,7 +34,6 @@ class Scores {
     query_factor_ =
         static_cast<C>(__builtin_copysign(fraction == 0 ? 0.0 : __builtin_ldexp(1.0, exponent), p.softmax_scale));
     rest_ = fraction == 0 ? C(1) : static_cast<C>(fraction);
-    plain_ = unit == ScoreUnit::kCheapest && p.softcap == 0 && p.bias[0].data == nullptr && p.bias[1].data == nullptr;
     to_natural_ = plain_ ? (fraction == 0 ? 1.0 : fraction) : 1.0;
   }
 

@@ -268,7 +268,7 @@ void register_attention_forward(py::module_& m) {
         args.out = to_view(read_tensor(out));
         args.lse = read_pointer<void>(lse);
         py::gil_scoped_release release;
-        FASTATTN_DISPATCH(attention_forward, args);
+        FASTATTN_DISPATCH_AMX(attention_forward, args);
       },
       "Writes out and lse of a spec.AttentionCall that is not empty.");
 }

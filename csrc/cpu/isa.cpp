@@ -8,11 +8,31 @@
 #if defined(FASTATTN_HAS_AVX512)
 #  include <cpuid.h>
 #endif
+#if defined(FASTATTN_HAS_AMX)
+#  include <sys/syscall.h>
+#  include <unistd.h>
+#endif
 
 namespace fastattn {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+
+#if defined(FASTATTN_HAS_AMX)
+// Linux gives a process its tile registers on request only (Documentation/arch/x86/xstate.rst).
+bool request_tiles() {
+  constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+}
+
+bool runs_amx() {
+  const std::vector<std::string> flags = cpu_flags();
+  for (const char* needed : {"amx_tile", "amx_bf16", "avx512_bf16"}) {
+    if (std::find(flags.begin(), flags.end(), needed) == flags.end()) return false;
+  }
+  return request_tiles();
+}
+#endif
 
 bool runs(Isa isa) {
 #if defined(FASTATTN_HAS_AVX512)
@@ -25,6 +45,12 @@ bool runs(Isa isa) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
 #endif
+#if defined(FASTATTN_HAS_AMX)
+  if (isa == Isa::kAmx) {
+    static const bool amx = runs(Isa::kAvx512) && runs_amx();
+    return amx;
+  }
+#endif
   return isa == Isa::kPortable;
 }
 
@@ -35,7 +61,7 @@ Isa parse(const std::string& name) {
       throw std::runtime_error("instruction set '" + name + "' does not run on this machine or is not in this build");
     }
   }
-  throw std::runtime_error("unknown instruction set '" + name + "': expected avx512, avx2 or portable");
+  throw std::runtime_error("unknown instruction set '" + name + "': expected amx, avx512, avx2 or portable");
 }
 
 Isa choose() {
@@ -59,7 +85,10 @@ Isa current_isa() {
 
 void set_isa(const std::string& name) { current.store(static_cast<int>(parse(name)), std::memory_order_relaxed); }
 
-const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable"; }
+const char* isa_name(Isa isa) {
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(isa)];
+}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
