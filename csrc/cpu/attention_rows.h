@@ -7,9 +7,6 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-inline float log(float x) { return __builtin_logf(x); }
-inline double log(double x) { return __builtin_log(x); }
-
 template <typename C>
 inline C infinity() {
   return static_cast<C>(__builtin_inff());
@@ -66,7 +63,8 @@ inline C end_row(const AttentionProblem& p, int64_t head, C sum, double highest,
       return 0;
     }
     // A score of +inf makes the row NaN, but its lse is +inf.
-    *lse = highest == __builtin_inf() ? infinity<C>() : static_cast<C>(highest + static_cast<double>(log(sum)));
+    *lse =
+        highest == __builtin_inf() ? infinity<C>() : static_cast<C>(highest + __builtin_log(static_cast<double>(sum)));
     return static_cast<C>(p.dropout.rescale / static_cast<double>(sum));
   }
   // The sink is one more logit in the denominator.
