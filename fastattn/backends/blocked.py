@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
@@ -17,9 +18,10 @@ from fastattn.spec.attention import lse_dtype
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 
-# Elements of a block of hidden activations: forward it should stay in the second-level caches; backward three such
-# blocks are read by products that sum over its tokens, which want them long.
-_FORWARD_BLOCK = 1 << 19
+# Elements of a block of hidden activations.  Forward it is as large as memory should allow: on AMX a product is so fast
+# that cutting it up costs more than the caches save.  Backward three such blocks are read by products that sum over its
+# tokens, which want them long.
+_FORWARD_BLOCK = 1 << 24
 _BACKWARD_BLOCK = 1 << 22
 
 # Classes and elements of a block of logits.
@@ -38,15 +40,14 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def feed_forward(call: FeedForwardCall, out: Tensor) -> None:
-    """Writes the block's result to ``out`` [tokens, out_dim]."""
+def feed_forward(call: FeedForwardCall) -> Tensor:
+    """Returns the block's result [tokens, out_dim]."""
     x = call.input.reshape(call.num_tokens, -1)
-    for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim):
-        hidden = _hidden(call, x[rows], rows)[0]
-        if call.bias_out is None:
-            torch.mm(hidden, call.weight_out.t(), out=out[rows])
-        else:
-            torch.addmm(call.bias_out, hidden, call.weight_out.t(), out=out[rows])
+    parts = [
+        F.linear(_hidden(call, x[rows], rows)[0], call.weight_out, call.bias_out)
+        for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -87,14 +88,10 @@ def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[
 
 def _hidden(call: FeedForwardCall, x: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns, for a block of tokens, the hidden activation, what was activated, the gate and what dropout keeps."""
-
-    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
-        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-
-    before, gate, keep = linear(call.weight_in, call.bias_in), None, None
+    before, gate, keep = F.linear(x, call.weight_in, call.bias_in), None, None
     hidden = ACTIVATION_FUNCTIONS[call.activation](before)
     if call.weight_gate is not None:
-        gate = linear(call.weight_gate, call.bias_gate)
+        gate = F.linear(x, call.weight_gate, call.bias_gate)
         hidden = hidden * gate
     if call.dropout_state is not None:
         keep = _keep(call, rows)

@@ -65,11 +65,9 @@ class CpuBackend(Backend):
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         out = feed_forward_spec.empty_output(call)
-        tokens = out.view(call.num_tokens, -1)
         if uses_torch_products(cpu_flags(), call.input.dtype):
-            blocked.feed_forward(call, tokens)
-        else:
-            kernels().feed_forward(_rows_contiguous(call), tokens)
+            return blocked.feed_forward(call).view(out.shape)
+        kernels().feed_forward(_rows_contiguous(call), out.view(call.num_tokens, -1))
         return out
 
     def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
