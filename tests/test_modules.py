@@ -1,4 +1,7 @@
-"""The modules of torch.nn, ours: the same parameters, the same answers, and right where PyTorch's are not."""
+"""The modules of torch.nn, ours: the same parameters, the same answers, and right where PyTorch's are not.
+
+Long because every module is held against PyTorch's in each of its quirks, with one set of helpers.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 //
 // A line is read once for the maximum and the sum, chunk by chunk in L1, and once more for the result, for which the
 // exponentials are computed again rather than stored: half precision could not hold them without a second rounding.
+//
+// Longer than 400 lines because rows and columns, forward and backward are four loops over one set of helpers.
 #include "softmax.h"
 
 #include "reduce.h"

@@ -41,13 +41,14 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def feed_forward(call: FeedForwardCall) -> Tensor:
-    """Returns the block's result [tokens, out_dim]."""
+    """Returns the feed-forward's result [..., out_dim]."""
     x = call.input.reshape(call.num_tokens, -1)
     parts = [
         F.linear(_hidden(call, x[rows], rows)[0], call.weight_out, call.bias_out)
         for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.view(*call.input.shape[:-1], out.shape[1])
 
 
 def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

@@ -64,9 +64,9 @@ class CpuBackend(Backend):
         return weights
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
-        out = feed_forward_spec.empty_output(call)
         if uses_torch_products(cpu_flags(), call.input.dtype):
-            return blocked.feed_forward(call).view(out.shape)
+            return blocked.feed_forward(call)
+        out = feed_forward_spec.empty_output(call)
         kernels().feed_forward(_rows_contiguous(call), out.view(call.num_tokens, -1))
         return out
 
