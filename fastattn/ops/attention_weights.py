@@ -146,16 +146,22 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
         return backend.attention_weights(call.attention, call.lse), _no_indices(call)  # type: ignore[attr-defined]
     if call.reduce == "head_mean" and hasattr(backend, "attention_weights_head_mean"):
         return backend.attention_weights_head_mean(call.attention, call.lse), _no_indices(call)
-    results: list[Tensor] = []
-    all_indices: list[Tensor] = []
+    # Written in place, block by block: a result kept from each block would pin the heap between the blocks' weights.
+    whole = call.lse.new_zeros(result_shape(call))
+    indices = whole.new_empty(whole.shape, dtype=torch.int64) if call.reduce == "top_k" else _no_indices(call)
+    dim = 1 if call.reduce == "head_mean" else 2
+    at = 0
     for block in _blocks(_wide(call)):
         weights = backend.attention_weights(block.attention, block.lse)  # type: ignore[attr-defined]
-        result, indices = formula.reduce_weights(weights, block)
-        results.append(result)
-        all_indices.append(indices)
-    at = 1 if call.reduce == "head_mean" else 2
-    whole = torch.cat(results, dim=at) if call.by_rows else torch.stack(results).sum(dim=0)
-    indices = torch.cat(all_indices, dim=2) if call.reduce == "top_k" else _no_indices(call)
+        result, found = formula.reduce_weights(weights, block)
+        if not call.by_rows:
+            whole += result
+            continue
+        height = result.shape[dim]
+        whole.narrow(dim, at, height).copy_(result)
+        if call.reduce == "top_k":
+            indices.narrow(dim, at, height).copy_(found)
+        at += height
     return whole.to(call.attention.query.dtype), indices
 
 
