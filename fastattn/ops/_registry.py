@@ -1,6 +1,7 @@
 """Registers an op with PyTorch's dispatcher: schema, kernel, fake, autograd and autocast.
 
-``Library.define`` and ``impl`` cost 3 us a call, ``torch.library.custom_op`` 12; a decode step takes tens.
+``Library.define`` and ``impl`` cost 3 us a call, ``torch.library.custom_op`` 12; a decode step takes tens.  Python
+kernels under two keys cost 10 us, so a plain eager call goes around the dispatcher: nobody is there to see the op.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def define(
     function: type[torch.autograd.Function] | None = None,
     autocast: bool = False,
     autocast_float32: Sequence[str] = (),
-) -> torch._ops.OpOverload:
-    """Registers ``fastattn::name`` and returns it.
+) -> Callable[..., Any]:
+    """Registers ``fastattn::name`` and returns a function that calls it.
 
     Args:
         name: of the op.
@@ -48,7 +49,33 @@ def define(
     for device_type in ("cpu", "cuda"):
         kernel_under_autocast = _autocast(op, device_type, autocast, device_type in autocast_float32)
         LIBRARY.impl(name, kernel_under_autocast, f"Autocast{device_type.upper()}")
-    return op
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_plain_eager(args):
+            return op(*args)
+        if function is not None and torch.is_grad_enabled() and any(_requires_grad(a) for a in args):
+            return function.apply(*args)
+        return kernel(*args)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
+
+
+def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing but autograd for a call: no mode, transform, trace or subclass sees it."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    first = args[0]
+    return (first.is_cpu or first.is_cuda) and _PLAIN.issuperset(map(type, args))
 
 
 def _autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable[..., Any]:
