@@ -1,5 +1,7 @@
 """A plain eager call goes around the dispatcher; whoever would watch or change the op there must still meet it."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -27,7 +29,7 @@ class _Seen(TorchDispatchMode):
 
 
 class _Logging(torch.Tensor):
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, inner):

@@ -64,7 +64,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, st
 
 
 def _is_plain_eager(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do nothing but autograd for a call: no mode, transform, trace or subclass sees it."""
+    """Whether the dispatcher would do autograd at most: no mode, transform, trace or subclass would meet the op."""
     if (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
