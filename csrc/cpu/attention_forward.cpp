@@ -8,11 +8,10 @@
 
 #include "attention_decode.h"
 #include "attention_rows.h"
+#include "attention_schedule.h"
 #include "attention_scores.h"
 #include "mask.h"
 #include "panel.h"
-#include "parallel.h"
-#include "scratch.h"
 #include "vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -26,7 +25,6 @@ class Forward {
  public:
   explicit Forward(const AttentionForwardArgs& args) : args_(args), p_(args.problem), scores_(p_) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
-    groups_ = p_.batch * p_.num_heads_kv;
     const int64_t blocks = ceil_div(p_.seq_len_q, kMaxRows);
     rows_ = round_up(ceil_div(p_.seq_len_q, blocks), kTileRows);  // blocks of equal size
     blocks_ = ceil_div(p_.seq_len_q, rows_);
@@ -36,44 +34,17 @@ class Forward {
     v_tile_ = panels_size<C>(kKeys, p_.head_dim_v);
   }
 
-  void run() {
-    const int64_t threads = max_threads();
-    const double work = static_cast<double>(p_.batch * p_.num_heads_q) * static_cast<double>(p_.seq_len_q) *
-                        static_cast<double>(p_.seq_len_k) * static_cast<double>(p_.head_dim + p_.head_dim_v);
-    // A thread a group needs no barrier and keeps the packed tiles in its own cache; worth at most 1 / 8 of idling.
-    if (ceil_div(groups_, threads) * threads * 8 <= groups_ * 9) {
-      parallel_for(groups_, work, [&](int64_t group) {
-        Carver carver(scratch(Scratch::kThread, packed_bytes() + block_bytes()));
-        const Packed packed = carve_packed(carver);
-        for (int64_t tile = 0; tile < tiles_; ++tile) pack_tile(packed, group, tile);
-        const Block block = carve_block(carver);
-        for (int64_t task = 0; task < group_size_ * blocks_; ++task) run_block(packed, block, group, task);
-      });
-      return;
-    }
-    // Otherwise all threads share one group after the other, or all groups at once where they are small.
-    const int64_t together = max(1, min(groups_, kSharedBytes / packed_bytes()));
-    for (int64_t first = 0; first < groups_; first += together) {
-      const int64_t count = min(together, groups_ - first);
-      char* base = static_cast<char*>(scratch(Scratch::kShared, count * packed_bytes()));
-      const auto packed_of = [&](int64_t index) {
-        Carver carver(base + index * packed_bytes());
-        return carve_packed(carver);
-      };
-      parallel_for(count * tiles_, work,
-                   [&](int64_t task) { pack_tile(packed_of(task / tiles_), first + task / tiles_, task % tiles_); });
-      // Late blocks see more keys where the mask is causal: they go first.
-      const int64_t tasks = group_size_ * blocks_;
-      parallel_for(count * tasks, work, [&](int64_t task) {
-        Carver carver(scratch(Scratch::kThread, block_bytes()));
-        run_block(packed_of(task % count), carve_block(carver), first + task % count, tasks - 1 - task / count);
-      });
-    }
+  void run() const {
+    const GroupWork work{tiles_, packed_bytes(), group_size_ * blocks_, block_bytes()};
+    for_each_block(
+        p_, work,
+        [&](char* memory, int64_t group, int64_t tile) { pack_tile(carve_packed(Carver(memory)), group, tile); },
+        [&](char* packed, char* memory, int64_t group, int64_t task) {
+          run_block(carve_packed(Carver(packed)), carve_block(Carver(memory)), group, task);
+        });
   }
 
  private:
-  static constexpr int64_t kSharedBytes = int64_t{64} << 20;
-
   // The packed keys and values of one group.
   struct Packed {
     C* k;             // tile after tile of panels of the transposed keys
@@ -97,14 +68,14 @@ class Forward {
   int64_t block_bytes() const {
     return (rows_ * (p_.head_dim + kKeys + out_stride_ + 2 + Vec<C>::kWidth)) * sizeof(C) + 6 * 64;
   }
-  Packed carve_packed(Carver& carver) const {
+  Packed carve_packed(Carver carver) const {
     Packed packed;
     packed.k = carver.take<C>(tiles_ * k_tile_);
     packed.v = carver.take<C>(tiles_ * v_tile_);
     packed.finite = carver.take<uint8_t>(tiles_);
     return packed;
   }
-  Block carve_block(Carver& carver) const {
+  Block carve_block(Carver carver) const {
     Block block;
     block.q = carver.take<C>(rows_ * p_.head_dim);
     block.s = carver.take<C>(rows_ * kKeys);
@@ -225,7 +196,7 @@ class Forward {
   const AttentionForwardArgs& args_;
   const AttentionProblem& p_;
   const Scores<C> scores_;
-  int64_t group_size_, groups_, rows_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
+  int64_t group_size_, rows_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
 };
 
 }  // namespace
