@@ -131,6 +131,8 @@ class Products {
   int64_t c_row_ = 0;
 };
 
+inline bool is_finite(BFloat16 x) { return x.bits % 0x8000 < 0x7f80; }
+
 inline __mmask32 first_lanes32(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 
 // Packs B = source^T for up to 16 rows of source: a tile for each 32 columns of `depth`, consecutive depths paired.
@@ -179,6 +181,28 @@ inline bool pack_tiles(char* to, const BFloat16* source, int64_t row_stride, int
     }
   }
   return finite;
+}
+
+// Packs A = source for up to kStep rows of source: kStep rows of 64 bytes for each 32 columns.
+inline void pack_rows(char* to, const BFloat16* source, int64_t row_stride, int64_t rows, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kStep) {
+    const __mmask32 lanes = first_lanes32(columns - c);
+    for (int64_t i = 0; i < kStep; ++i, to += 64) {
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(i < rows ? lanes : 0, source + i * row_stride + c));
+    }
+  }
+}
+
+// Transposes tiles of pairs where they lie: what pack_tiles packs as B becomes A = source^T, its columns paired alike.
+inline void transpose_tiles(char* tiles, int64_t count) {
+  for (int64_t t = 0; t < count; ++t, tiles += kTileBytes) {
+    FloatVec block[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) block[i] = load(reinterpret_cast<const float*>(tiles + i * 64));
+    transpose<float>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(tiles + i * 64), block[i]);
+  }
 }
 
 // Rounds two vectors to bfloat16, halfway cases away from 0, and interleaves them: a[0] b[0] a[1] b[1] ...

@@ -19,5 +19,6 @@ struct AttentionBackwardArgs {
 };
 
 FASTATTN_DECLARE(void attention_backward(const AttentionBackwardArgs& args))
+FASTATTN_DECLARE_AMX(attention_backward, AttentionBackwardArgs)
 
 }  // namespace fastattn

@@ -256,8 +256,7 @@ class ForwardAmx {
         const int64_t at = i - block.rows.begin;
         const BFloat16* p = reinterpret_cast<const BFloat16*>(block.p + step * kPStep + at * 64);
         for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-          if (v[d].bits % 0x8000 >= 0x7f80)
-            block.out[at * out_stride_ + d] += to_float(p[j % 16 * 2 + j / 16]) * to_float(v[d]);
+          if (!is_finite(v[d])) block.out[at * out_stride_ + d] += to_float(p[j % 16 * 2 + j / 16]) * to_float(v[d]);
         }
       }
     }

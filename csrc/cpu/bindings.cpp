@@ -297,7 +297,7 @@ void register_attention_backward(py::module_& m) {
         }
         args.dsinks = read_pointer<void>(dsinks);
         py::gil_scoped_release release;
-        FASTATTN_DISPATCH(attention_backward, args);
+        FASTATTN_DISPATCH_AMX(attention_backward, args);
       },
       "Writes the gradients of a spec.AttentionCall that is not empty; None for one that is not wanted.");
 }
