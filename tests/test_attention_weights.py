@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import attention_cases
 import pytest
 import torch
+from exactness import assert_as_exact_as_eager
 
 import fastattn
 from fastattn import masks
-from fastattn.backends.reference import ReferenceBackend
 from fastattn.biases import Alibi
 from fastattn.ops import attention_weights as op
 from fastattn.reference import attention_weights as formula
-from fastattn.spec.attention_weights import REDUCTIONS
+from fastattn.spec.attention import attention_call, lse_dtype
+from fastattn.spec.attention_weights import REDUCTIONS, result_shape, weights_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning")
 
@@ -21,6 +23,7 @@ BATCH, HEADS, HEADS_KV, ROWS, COLUMNS, DIM, TOP_K, POOL = 2, 4, 2, 11, 13, 8, 3,
 @pytest.fixture(params=[1 << 22, 3 * BATCH * HEADS * COLUMNS], ids=["one block", "blocks"])
 def blocks(request, monkeypatch):
     monkeypatch.setattr(op, "_BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(formula, "BLOCK_ELEMENTS", request.param)
 
 
 def inputs(dtype=torch.float64, seed=0):
@@ -169,12 +172,12 @@ def test_no_keys(reduce):
 @pytest.mark.parametrize("reduce", ["none", "top_k", "pooled"])
 def test_opcheck(reduce):
     query, key = (t.requires_grad_() for t in inputs(torch.float32))
-    call = op.attention_call(
+    call = attention_call(
         query, key, key, mask=masks.Causal(), bias=None, dropout_p=0.0, softmax_scale=None, softcap=None, sinks=None,
         generator=None, backend="reference",
     )  # fmt: skip
     lse = torch.randn(BATCH, HEADS, ROWS, requires_grad=True)
-    weights = op.weights_call(call, lse, reduce, 2 if reduce == "top_k" else None, 4)
+    weights = weights_call(call, lse, reduce, 2 if reduce == "top_k" else None, 4)
     torch.library.opcheck(torch.ops.fastattn.attention_weights.default, op._flat(weights))
 
 
@@ -228,18 +231,148 @@ def test_wrong_inputs(options, message):
 
 
 @pytest.mark.parametrize("reduce", [r for r in REDUCTIONS if r != "none"])
-def test_reductions_hold_no_matrix(reduce, monkeypatch):
+def test_reference_reductions_hold_no_matrix(reduce, monkeypatch):
     sizes = []
+    whole_weights = formula.attention_weights
 
-    def spy(self, call, lse):
-        weights = formula.attention_weights(call, lse)
+    def spy(call, lse):
+        weights = whole_weights(call, lse)
         sizes.append(weights.numel())
         return weights
 
-    monkeypatch.setattr(ReferenceBackend, "attention_weights", spy)
-    monkeypatch.setattr(op, "_BLOCK_ELEMENTS", 4 * BATCH * HEADS * COLUMNS)
+    monkeypatch.setattr(formula, "attention_weights", spy)
+    monkeypatch.setattr(formula, "BLOCK_ELEMENTS", 4 * BATCH * HEADS * COLUMNS)
     query, key = inputs()
-    with fastattn.use_backend("reference"):
-        ask(query, key, reduce)
-    assert max(sizes) <= op._BLOCK_ELEMENTS
+    ask(query, key, reduce, backend="reference")
+    assert max(sizes) <= formula.BLOCK_ELEMENTS
     assert sum(sizes) == BATCH * HEADS * ROWS * COLUMNS
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def weights_of_case(case, dtype, reduce, backend, top_k=None, pool_size=1):
+    """The op's call for a case of attention, with the lse that float64 has."""
+    given = attention_cases.inputs(case, dtype).to(dtype)
+    arguments = {**attention_cases.arguments(given), "backend": backend}
+    call = attention_call(**arguments)
+    lse = attention_cases.exact(case, dtype).lse.to(lse_dtype(dtype))
+    detached = (t.detach() if isinstance(t, torch.Tensor) else t for t in call)
+    return weights_call(type(call)(*detached), lse, reduce, top_k, pool_size)
+
+
+def in_float64(call):
+    attention = call.attention
+    wide = {f: getattr(attention, f) for f in ("query", "key", "value", "bias", "relative_bias", "sinks")}
+    attention = attention._replace(**{f: None if t is None else t.double() for f, t in wide.items()})
+    return call._replace(attention=attention, lse=call.lse.double())
+
+
+@pytest.mark.parametrize("name", attention_cases.CASES)
+def test_reductions_as_exact_as_eager(backend, name):
+    """Every mask, bias, layout of heads and dropout; reductions, cells and k that fit the tiles and that do not."""
+    case = attention_cases.CASES[name]
+    rows, columns = case.seq_len
+    # All dtypes in turn: which one a reduction gets differs from case to case.
+    for shift, (reduce, options) in enumerate(
+        [
+            ("key_sum", {}),
+            ("entropy", {}),
+            ("head_mean", {}),
+            ("top_k", {"top_k": min(5, columns)}),
+            ("top_k", {"top_k": columns}),
+            ("pooled", {"pool_size": 1}),
+            ("pooled", {"pool_size": 7}),
+            ("pooled", {"pool_size": 64}),
+            ("pooled", {"pool_size": 100}),
+            ("pooled", {"pool_size": max(rows, columns) + 1}),
+        ]
+    ):
+        dtype = DTYPES[(list(attention_cases.CASES).index(name) + shift) % 4]
+        call = weights_of_case(case, dtype, reduce, backend, **options)
+        found, keys = op.weigh(call)
+        assert found.shape == result_shape(call)
+        exact = formula.reduced_weights(in_float64(call))[0]
+        eager = formula.reduced_weights(call)[0].to(dtype)
+        assert_as_exact_as_eager(
+            {f"{reduce} {options}": found}, {f"{reduce} {options}": exact}, {f"{reduce} {options}": eager}
+        )
+        assert keys.shape == (found.shape if reduce == "top_k" else (0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [1, 2, 31, 300, 700])
+@pytest.mark.parametrize("distinct", [True, False])
+def test_top_k_is_exact_and_prefers_the_first_key(backend, top_k, dtype, distinct):
+    generator = torch.Generator().manual_seed(9)
+    query = torch.randn(1, 2, 101, 8, generator=generator).to(dtype)
+    # Five kinds of keys only: most weights are equal to many others.
+    key = torch.randn(1, 2, 700 if distinct else 5, 8, generator=generator).to(dtype)
+    key = key if distinct else key[:, :, torch.randint(5, (700,), generator=generator)]
+    mask = masks.Causal("top_left") & masks.Window(90, None)
+    weights = fastattn.attention_weights(query, key, mask=mask, backend=backend)
+    values, keys = fastattn.attention_weights(query, key, mask=mask, reduce="top_k", top_k=top_k, backend=backend)
+    expected, expected_keys = weights.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected[..., :top_k])
+    if backend == "reference":  # torch.topk: any of the equal keys
+        assert torch.equal(weights.gather(-1, keys.clamp_min(0)) * (keys >= 0), values)
+    else:
+        assert torch.equal(keys, expected_keys[..., :top_k].masked_fill(values == 0, -1))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_at_every_thread_count(backend, reduce, dtype):
+    generator = torch.Generator().manual_seed(2)
+    query, key = (torch.randn(1, h, 700, 32, generator=generator).to(dtype).requires_grad_() for h in (4, 2))
+    options = {"top_k": 9} if reduce == "top_k" else {}
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4, 2):
+            torch.set_num_threads(count)
+            result = fastattn.attention_weights(
+                query, key, mask=masks.Causal(), reduce=reduce, backend=backend, **options
+            )
+            results = result if isinstance(result, tuple) else (result,)
+            direction = torch.linspace(-1, 1, results[0].numel()).view(results[0].shape).to(dtype)
+            grads = torch.autograd.grad(results[0], (query, key), direction)
+            found.append([*results, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_masked_poison_does_not_exist_and_visible_poison_stays_in_its_row(backend, reduce):
+    generator = torch.Generator().manual_seed(7)
+    query, key = (torch.randn(2, 2, n, 24, generator=generator) for n in (110, 300))
+    clean = key.clone()
+    key[:, :, [7, 150, 299]] = float("nan")
+    key[1, :, 200:] = float("inf")
+    visible = torch.rand(2, 1, 110, 300, generator=generator) < 0.5
+    visible[..., [7, 150, 299]] = False
+    mask = masks.Dense(visible) & masks.KeyLengths(torch.tensor([300, 200]))
+    options = {"mask": mask, "reduce": reduce, "backend": backend} | ({"top_k": 9} if reduce == "top_k" else {})
+    for got, want in zip(*(pair(fastattn.attention_weights(query, k, **options)) for k in (key, clean)), strict=True):
+        assert torch.equal(got, want)
+
+    query[0, 1, 100] = float("nan")
+    result = pair(fastattn.attention_weights(query, clean, **options))[0]
+    poisoned = torch.zeros_like(result, dtype=torch.bool)
+    if reduce == "key_sum":
+        poisoned[0, 1] = visible[0, 0, 100]
+    elif reduce == "head_mean":
+        poisoned[0, 100] = visible[0, 0, 100]
+    elif reduce == "pooled":
+        poisoned[0, 1, 100 // 64] = True
+    elif reduce == "none":
+        poisoned[0, 1, 100] = visible[0, 0, 100]
+    else:
+        poisoned[0, 1, 100] = True
+    assert torch.equal(result.isnan(), poisoned)
+
+
+def pair(result):
+    return result if isinstance(result, tuple) else (result,)

@@ -20,6 +20,7 @@ from fastattn.reference import attention as formula
 from fastattn.reference.attention_weights import attention_weights
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.attention import attention_call, lse_dtype
+from fastattn.spec.attention_weights import weights_call
 
 kernels = pytest.importorskip("fastattn._cpu")
 backend = CpuBackend()
@@ -38,6 +39,10 @@ def isa(request):
 def make_call(query, key, value, **options):
     defaults = dict.fromkeys(("mask", "bias", "softmax_scale", "softcap", "sinks", "generator"))
     return attention_call(query, key, value, **{**defaults, "dropout_p": 0.0, "backend": "cpu", **options})
+
+
+def weights_of(call, lse, reduce="none"):
+    return backend.attention_weights(weights_call(call, lse, reduce, None, 1))[0]
 
 
 def in_float64(call):
@@ -122,8 +127,8 @@ def test_forward_and_weights_as_exact_as_eager(isa, seed):
     found = {
         "out": out,
         "lse": lse,
-        "weights": backend.attention_weights(call, lse),
-        "mean": backend.attention_weights_head_mean(call, lse),
+        "weights": weights_of(call, lse),
+        "mean": weights_of(call, lse, "head_mean"),
     }
     # The weights are exp(score - lse) of the lse that is handed in, whose own rounding is judged as "lse".
     weights = attention_weights(in_float64(call), lse.double())
@@ -200,7 +205,7 @@ def test_same_bits_at_every_thread_count(isa, heads):
         for count in (1, 2, 4, 2):
             torch.set_num_threads(count)
             out, lse = backend.attention(call)
-            found.append((out, lse, backend.attention_weights(call, lse), *backend.attention(decode)))
+            found.append((out, lse, weights_of(call, lse), *backend.attention(decode)))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

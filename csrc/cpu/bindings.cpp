@@ -12,6 +12,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_weights.h"
+#include "attention_weights_reduced.h"
 #include "dropout_mask.h"
 #include "feed_forward.h"
 #include "isa.h"
@@ -368,6 +369,29 @@ void register_attention_weights(py::module_& m) {
         FASTATTN_DISPATCH(attention_weights, args);
       },
       "Writes the weights of a spec.AttentionCall that is not empty, or their mean over the heads.");
+  m.def(
+      "attention_weights_reduced",
+      [](const py::tuple& call, py::handle lse, const std::string& reduce, int64_t top_k, int64_t pool_size,
+         py::handle out, py::handle keys) {
+        AttentionWeightsReducedArgs args;
+        args.problem = read_attention(call);
+        args.lse = to_view(read_tensor(lse));
+        args.reduction = reduce == "key_sum"   ? WeightsReduction::kKeySum
+                         : reduce == "entropy" ? WeightsReduction::kEntropy
+                         : reduce == "top_k"   ? WeightsReduction::kTopK
+                                               : WeightsReduction::kPooled;
+        args.top_k = top_k;
+        args.pool_size = pool_size;
+        const bool fits = args.reduction == WeightsReduction::kTopK     ? top_k >= 1 && top_k <= args.problem.seq_len_k
+                          : args.reduction == WeightsReduction::kPooled ? pool_size >= 1
+                                                                        : true;
+        if (!fits) throw std::invalid_argument("top_k or pool_size does not fit the call");
+        args.out = read_pointer<void>(out);
+        args.keys = read_pointer<int64_t>(keys);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(attention_weights_reduced, args);
+      },
+      "Writes a reduction of the weights of a spec.AttentionCall that is not empty; `keys` is for top_k alone.");
 }
 
 // Lines along `dim` of a source tensor of any number of dimensions; `mask` has its shape or is None.

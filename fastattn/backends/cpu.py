@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastattn.backends import blocked
 from fastattn.backends.base import Backend
+from fastattn.spec import attention_weights as attention_weights_spec
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
+from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
@@ -51,17 +53,13 @@ class CpuBackend(Backend):
                 grad.copy_(values)
         return grads
 
-    def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
-        weights = call.query.new_empty(call.shape)
-        kernels().attention_weights(call, lse, weights, False)
-        return weights
-
-    def attention_weights_head_mean(self, call: AttentionCall, lse: Tensor) -> Tensor:
-        """Returns the weights' mean over the heads, [batch, seq_len_q, seq_len_k], without holding each head's."""
-        batch, _, seq_len_q, seq_len_k = call.shape
-        weights = call.query.new_empty((batch, seq_len_q, seq_len_k))
-        kernels().attention_weights(call, lse, weights, True)
-        return weights
+    def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
+        result, indices = attention_weights_spec.empty_result(call)
+        if call.reduce in ("none", "head_mean"):
+            kernels().attention_weights(call.attention, call.lse, result, call.reduce == "head_mean")
+        else:
+            kernels().attention_weights_reduced(*call, result, indices)
+        return result, indices
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         if uses_torch_products(cpu_flags(), call.input.dtype):

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
+from fastattn.reference import attention_weights as attention_weights_formula
 from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference import norm as norm_formula
 from fastattn.reference import softmax as softmax_formula
-from fastattn.reference.attention_weights import attention_weights
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec import norm as norm_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
+from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
@@ -41,8 +42,8 @@ class ReferenceBackend(Backend):
             for field, grad in zip(DIFFERENTIABLE, found, strict=True)
         ]
 
-    def attention_weights(self, call: AttentionCall, lse: Tensor) -> Tensor:
-        return attention_weights(call, lse).to(call.query.dtype)
+    def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
+        return attention_weights_formula.reduced_in_blocks(call)
 
     def feed_forward(self, call: feed_forward_spec.FeedForwardCall) -> Tensor:
         return feed_forward_formula.feed_forward(call)

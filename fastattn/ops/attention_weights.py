@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from fastattn.spec.attention_weights import (
     DIFFERENTIABLE,
     Selection,
     WeightsCall,
-    result_shape,
-    row_block,
+    empty_result,
     select_heads,
     select_rows,
     weights_call,
@@ -29,9 +28,8 @@ from fastattn.spec.attention_weights import (
 _NUM_ATTENTION = len(AttentionCall._fields)
 _NUM_FIELDS = _NUM_ATTENTION + len(WeightsCall._fields) - 1
 _DIFFERENTIABLE_AT = (*(AttentionCall._fields.index(f) for f in DIFFERENTIABLE), _NUM_ATTENTION)
-# Elements of the largest block of weights that a reduction holds: 2^22 float32 are 16 MiB, so that it stays near the
-# cores.
-_BLOCK_ELEMENTS = 1 << 22
+# Elements of a block of weights in the backward, which holds about ten tensors of that size at once.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def attention_weights(
@@ -141,61 +139,11 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     if 0 in call.attention.shape:
         result, indices = formula.reduced_weights(call)
         return result.to(call.attention.query.dtype), indices
-    backend = _dispatch.choose("attention_weights", call.attention)
-    if call.reduce == "none":
-        return backend.attention_weights(call.attention, call.lse), _no_indices(call)  # type: ignore[attr-defined]
-    if call.reduce == "head_mean" and hasattr(backend, "attention_weights_head_mean"):
-        return backend.attention_weights_head_mean(call.attention, call.lse), _no_indices(call)
-    # Written in place, block by block: a result kept from each block would pin the heap between the blocks' weights.
-    whole = call.lse.new_zeros(result_shape(call))
-    indices = whole.new_empty(whole.shape, dtype=torch.int64) if call.reduce == "top_k" else _no_indices(call)
-    dim = 1 if call.reduce == "head_mean" else 2
-    at = 0
-    for block in _blocks(_wide(call)):
-        weights = backend.attention_weights(block.attention, block.lse)  # type: ignore[attr-defined]
-        result, found = formula.reduce_weights(weights, block)
-        if not call.by_rows:
-            whole += result
-            continue
-        height = result.shape[dim]
-        whole.narrow(dim, at, height).copy_(result)
-        if call.reduce == "top_k":
-            indices.narrow(dim, at, height).copy_(found)
-        at += height
-    return whole.to(call.attention.query.dtype), indices
-
-
-def _wide(call: WeightsCall) -> WeightsCall:
-    """Returns ``call`` in lse's dtype, so that a reduction adds unrounded weights."""
-    attention = call.attention
-    dtype = lse_dtype(attention.query.dtype)
-    query, key = attention.query.to(dtype), attention.key.to(dtype)
-    return call._replace(attention=attention._replace(query=query, key=key, value=key))
-
-
-def _blocks(call: WeightsCall) -> Iterator[WeightsCall]:
-    """Yields the call of one block of rows after another."""
-    batch, heads, rows, columns = call.attention.shape
-    height = max(1, _BLOCK_ELEMENTS // (batch * heads * columns))
-    if call.reduce == "pooled":
-        height = -(-height // call.pool_size) * call.pool_size
-    if call.attention.dropout_state is not None:
-        # Dropout counts rows from the first, so that a later block would draw other numbers.
-        height = rows
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        yield call._replace(attention=row_block(call.attention, start, stop), lse=call.lse[:, :, start:stop])
-
-
-def _no_indices(call: WeightsCall) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=call.attention.query.device)
+    return _dispatch.choose("attention_weights", call.attention).attention_weights(call)  # type: ignore[attr-defined]
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = _unflat(args)
-    shape = result_shape(call)
-    indices = call.lse.new_empty(shape, dtype=torch.int64) if call.reduce == "top_k" else _no_indices(call)
-    return call.attention.query.new_empty(shape), indices
+    return empty_result(_unflat(args))
 
 
 def _backward_kernel(*args: Any) -> list[Tensor]:
@@ -203,19 +151,18 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
     call, dresult, needed = _unflat(args[:_NUM_FIELDS]), args[-2], args[-1]
     tensors = _inputs(call)
     wanted = [t is not None and need for t, need in zip(tensors, needed, strict=True)]
-    leaves = [t.detach().requires_grad_() if t is not None and w else t for t, w in zip(tensors, wanted, strict=True)]
+    # In lse's dtype: the blocks' gradients are added up unrounded.
+    leaves = [
+        t.detach().to(lse_dtype(t.dtype)).requires_grad_() if t is not None and w else t
+        for t, w in zip(tensors, wanted, strict=True)
+    ]
     inputs = [t for t, w in zip(leaves, wanted, strict=True) if t is not None and w]
-    sums = [torch.zeros_like(t, dtype=lse_dtype(t.dtype)) for t in inputs]
-    at = 0
+    sums = [torch.zeros_like(t) for t in inputs]
     with torch.enable_grad():
-        for block in _blocks(_wide(_with_inputs(call, leaves))) if 0 not in call.attention.shape else ():
+        for block, where in _with_inputs(call, leaves).blocks(_BLOCK_ELEMENTS) if dresult.numel() else ():
             result = formula.reduced_weights(block)[0]
-            dblock = dresult
-            if call.by_rows:
-                dim = 1 if call.reduce == "head_mean" else 2
-                dblock = dresult.narrow(dim, at, result.shape[dim])
-                at += result.shape[dim]
-            for total, grad in zip(sums, torch.autograd.grad(result, inputs, dblock.to(result.dtype)), strict=True):
+            grads = torch.autograd.grad(result, inputs, dresult[where].to(result.dtype))
+            for total, grad in zip(sums, grads, strict=True):
                 total += grad
     found = iter(sums)
     return [

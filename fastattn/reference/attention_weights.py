@@ -9,7 +9,11 @@ from torch import Tensor
 from fastattn.reference.attention import scores
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.attention import AttentionCall
-from fastattn.spec.attention_weights import WeightsCall
+from fastattn.spec.attention_weights import WeightsCall, empty_result
+
+# Elements of the largest block of weights that a reduction holds: 2^22 float32 are 16 MiB, so that it stays near the
+# cores.
+BLOCK_ELEMENTS = 1 << 22
 
 
 def attention_weights(call: AttentionCall, lse: Tensor) -> Tensor:
@@ -30,6 +34,24 @@ def attention_weights(call: AttentionCall, lse: Tensor) -> Tensor:
 def reduced_weights(call: WeightsCall) -> tuple[Tensor, Tensor]:
     """Returns ``(result, indices)`` of a canonical call, in lse's dtype; ``indices`` is empty but for "top_k"."""
     return reduce_weights(attention_weights(call.attention, call.lse), call)
+
+
+def reduced_in_blocks(call: WeightsCall) -> tuple[Tensor, Tensor]:
+    """Returns what :func:`reduced_weights` does, in query's dtype and a block of rows at a time; not differentiable.
+
+    Each block's result is written to its place: one kept by itself would pin the heap between the blocks' weights.
+    """
+    result, indices = empty_result(call)
+    total = torch.zeros_like(result, dtype=call.lse.dtype) if call.reduce == "key_sum" else None
+    for block, where in call.blocks(BLOCK_ELEMENTS):
+        found, found_indices = reduced_weights(block)
+        if total is not None:
+            total += found
+            continue
+        result[where] = found
+        if call.reduce == "top_k":
+            indices[where] = found_indices
+    return result if total is None else result.copy_(total), indices
 
 
 def reduce_weights(weights: Tensor, call: WeightsCall) -> tuple[Tensor, Tensor]:

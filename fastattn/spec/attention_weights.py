@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,10 +29,30 @@ class WeightsCall(NamedTuple):
     top_k: int
     pool_size: int
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether row i of the result is made from row i of the weights (a cell, for "pooled") and from no other."""
-        return self.reduce != "key_sum"
+    def blocks(self, elements: int) -> Iterator[tuple[WeightsCall, tuple[slice, ...]]]:
+        """Yields the calls of one block of rows after another, and where in the whole result each one's stands.
+
+        Results of "key_sum" all stand in the same place, to be added up.
+
+        Args:
+            elements: about how many weights a block may have, of all heads and batch entries.
+        """
+        batch, heads, rows, columns = self.attention.shape
+        cell = self.pool_size if self.reduce == "pooled" else 1
+        height = -(-max(1, elements // max(batch * heads * columns, 1)) // cell) * cell
+        if self.attention.dropout_state is not None:
+            # Dropout counts rows from the first, so that a later block would draw other numbers.
+            height = rows
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            block = self._replace(attention=row_block(self.attention, start, stop), lse=self.lse[:, :, start:stop])
+            where = slice(start // cell, -(-stop // cell))
+            if self.reduce == "key_sum":
+                yield block, ()
+            elif self.reduce == "head_mean":
+                yield block, (slice(None), where)
+            else:
+                yield block, (slice(None), slice(None), where)
 
 
 # The fields that gradients flow to, in the order in which attention_weights_backward returns them; lse follows.
@@ -69,6 +89,13 @@ def result_shape(call: WeightsCall) -> tuple[int, ...]:
         "top_k": (batch, heads, rows, call.top_k),
         "pooled": (batch, heads, -(-rows // size), -(-columns // size)),
     }[call.reduce]
+
+
+def empty_result(call: WeightsCall) -> tuple[Tensor, Tensor]:
+    """Returns uninitialised ``(result, indices)`` of a call, contiguous; ``indices`` is empty but for "top_k"."""
+    shape = result_shape(call)
+    indices = shape if call.reduce == "top_k" else (0,)
+    return call.attention.query.new_empty(shape), call.lse.new_empty(indices, dtype=torch.int64)
 
 
 def row_block(call: AttentionCall, start: int, stop: int) -> AttentionCall:
