@@ -213,15 +213,22 @@ inline __m512i merge_bfloat16(FloatVec a, FloatVec b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
 }
 
-// log(x * 2^n) for x >= 0.
-inline FloatVec log_of_scaled(FloatVec x, FloatVec n) {
+// Writes log(x * 2^n) for x >= 0, within 2e-9 of log(x)'s fraction; an infinite or NaN n goes through.
+inline void log_of_scaled(FloatVec x, FloatVec n, double* to) {
   // log(m) = 2 atanh(z) for m in [3/4, 3/2) and z = (m - 1) / (m + 1), |z| <= 1/5: the next term is 2e-9 of the first.
   constexpr float kAtanh[] = {2.0f, 2.0f / 3, 2.0f / 5, 2.0f / 7, 2.0f / 9, 2.0f / 11};
   const FloatVec one = FloatVec::set1(1.0f);
   const FloatVec m = {_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)};
   const FloatVec exponent = select(lt(m, one), one, FloatVec::zero()) + FloatVec{_mm512_getexp_ps(x.v)};
   const FloatVec z = (m - one) / (m + one);
-  return fma(exponent + n, FloatVec::set1(static_cast<float>(kLn2)), z * polynomial(z * z, kAtanh));
+  float parts[3][16];
+  store(parts[0], exponent);
+  store(parts[1], n);
+  store(parts[2], z * polynomial(z * z, kAtanh));
+  for (int i = 0; i < 16; i += 8) {
+    const DoubleVec power = load_as<double>(parts[0] + i) + load_as<double>(parts[1] + i);
+    store(to + i, fma(power, DoubleVec::set1(kLn2), load_as<double>(parts[2] + i)));
+  }
 }
 
 // Combines the lanes of each of 16 vectors: lane i of the result is that of x[i]. A quarter of 16 reductions' work.

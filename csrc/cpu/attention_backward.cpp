@@ -37,7 +37,6 @@ class PanelTiles {
   };
 
   Grid grid() const { return {rows_, kKeys, ceil_div(p_.seq_len_q, rows_), ceil_div(p_.seq_len_k, kKeys)}; }
-  const Scores<C>& scores() const { return scores_; }
   int64_t dq_stride() const { return q_stride_; }
   static const C* ds(const Task& task) { return task.ds; }
 
@@ -166,13 +165,14 @@ class PanelTiles {
   template <bool kMasked, bool kDrops>
   void softmax_backward(const Task& task, const BackwardHead<C>& shared, const BackwardTile& tile) const {
     constexpr int W = Vec<C>::kWidth;
-    const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2()), hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff()));
+    const Vec<C> hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff()));
     const Vec<C> rescale = Vec<C>::set1(static_cast<C>(p_.dropout.rescale));
     const uint64_t slice = static_cast<uint64_t>(tile.batch * p_.num_heads_q + tile.head);
     for (int64_t i = 0; i < tile.height(); ++i) {
       C *p = task.p + i * kKeys, *ds = task.ds + i * kKeys;
       const int64_t row = tile.rows.begin + i;
-      const Vec<C> shift = Vec<C>::set1(shared.shift[row]), delta = Vec<C>::set1(shared.delta[row]);
+      const Vec<C> shift = Vec<C>::set1(shared.shift[row]), factor = Vec<C>::set1(shared.factor[row]);
+      const Vec<C> delta = Vec<C>::set1(shared.delta[row]);
       uint64_t keep = 0;
       for (int64_t j = 0; j < tile.width(); j += W) {
         if (kDrops && j % 64 == 0) {
@@ -180,7 +180,7 @@ class PanelTiles {
                                    static_cast<uint64_t>(tile.columns.begin + j));
         }
         const Vec<C> score = load(p + j);
-        Vec<C> weight = exp2((score - shift) * to_log2), dweight = load(ds + j);
+        Vec<C> weight = exp2(score - shift) * factor, dweight = load(ds + j);
         Vec<C> dropped = weight;
         if (kDrops) {
           const auto kept = mask_from_bits<C>(keep >> (j % 64));

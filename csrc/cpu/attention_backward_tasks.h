@@ -5,7 +5,7 @@
 // A task is one tile of keys of one key-value head against all query blocks of all query heads of its group. It packs
 // its keys and values once and keeps dK and dV to itself; into dQ the tasks of a head add in turn, in the order of
 // their keys. So every sum has one order whatever the threads, nothing is computed twice, and a head may occupy as many
-// threads as it has tiles. Memory is O(seq_len): dQ in the compute type, two numbers a query, what the products want
+// threads as it has tiles. Memory is O(seq_len): dQ in the compute type, three numbers a query, what the products want
 // packed of a head, and each thread's tile.
 #pragma once
 
@@ -32,7 +32,8 @@ struct BackwardTile {
 template <typename C>
 struct BackwardHead {
   C* dq;          // [blocks * grid.rows, dq_stride], before the scale
-  C* shift;       // [seq_len_q]: lse in units of the held scores, inf for an empty row, whose probabilities are then 0
+  C* shift;       // [seq_len_q]: a probability is exp2(score in powers of two - shift) * factor, as RowScale has them
+  C* factor;      // [seq_len_q]
   C* delta;       // [seq_len_q]: sum(dout * out) - dlse
   int32_t* turn;  // [blocks]: which tile's turn it is to add to dq
   char* packed;   // what the products want of its queries and dout
@@ -62,7 +63,6 @@ inline void write_rows(const View& view, int64_t batch, int64_t head, Range rows
 // Tiles does the arithmetic of a tile, in what memory a thread or a head gives it:
 //   C, Task              the compute type, a thread's working memory
 //   grid()               how queries and keys are cut; tiles are whole words of mask bits
-//   scores()             the Scores<C> whose units it holds its scores in
 //   dq_stride()          from a row of dq to the next, in elements
 //   head_bytes()         for BackwardHead::packed, and
 //   pack_queries(...)    fills it, for one block of queries
@@ -125,7 +125,7 @@ class Backward {
   int64_t sink_sums() const { return args_.dsinks != nullptr ? p_.batch * p_.num_heads_q * grid_.blocks : 0; }
   int64_t head_bytes() const {
     return round_up(grid_.blocks * grid_.rows * dq_stride_ * sizeof(C), 64) +
-           2 * round_up(p_.seq_len_q * sizeof(C), 64) + round_up(grid_.blocks * sizeof(int32_t), 64) +
+           3 * round_up(p_.seq_len_q * sizeof(C), 64) + round_up(grid_.blocks * sizeof(int32_t), 64) +
            round_up(tiles_.head_bytes(), 64);
   }
   Head carve_head(int64_t slot) const {
@@ -133,6 +133,7 @@ class Backward {
     Head head;
     head.dq = carver.take<C>(grid_.blocks * grid_.rows * dq_stride_);
     head.shift = carver.take<C>(p_.seq_len_q);
+    head.factor = carver.take<C>(p_.seq_len_q);
     head.delta = carver.take<C>(p_.seq_len_q);
     head.turn = carver.take<int32_t>(grid_.blocks);
     head.packed = carver.take<char>(tiles_.head_bytes());
@@ -160,8 +161,7 @@ class Backward {
     const int64_t batch = slice / p_.num_heads_q, head = slice % p_.num_heads_q;
     const Head shared = carve_head(slot);
     const Range rows = rows_of(block);
-    const C* lse = static_cast<const C*>(args_.lse) + slice * p_.seq_len_q;
-    const C* dlse = static_cast<const C*>(args_.dlse) + slice * p_.seq_len_q;
+    const double* lse = args_.lse + slice * p_.seq_len_q;
     shared.turn[block] = 0;
     double sink = 0, sink_sum = 0;
     if (args_.dsinks != nullptr) sink = read_sink(head);
@@ -174,13 +174,14 @@ class Backward {
         for_each_vec<C>(p_.head_dim_v, [&](int64_t d, auto n) {
           sum = fma(load_as_n<C>(out + d, n), load_as_n<C>(dout + d, n), sum);
         });
-        const bool empty = lse[i] == -infinity();
-        shared.shift[i] =
-            empty ? infinity() : static_cast<C>(static_cast<double>(lse[i]) / tiles_.scores().to_natural());
-        shared.delta[i] = empty ? C(0) : reduce_add(sum) - (args_.dlse != nullptr ? dlse[i] : C(0));
-        if (args_.dsinks != nullptr && !empty) {
-          sink_sum -= __builtin_exp(sink - static_cast<double>(lse[i])) * static_cast<double>(shared.delta[i]);
-        }
+        const RowScale<C> scale(lse[i]);
+        shared.shift[i] = scale.shift;
+        shared.factor[i] = scale.factor;
+        const bool empty = lse[i] == -__builtin_inf();
+        const double dlse = args_.dlse != nullptr ? args_.dlse[slice * p_.seq_len_q + i] : 0.0;
+        const double delta = empty ? 0.0 : static_cast<double>(reduce_add(sum)) - dlse;
+        shared.delta[i] = static_cast<C>(delta);
+        if (args_.dsinks != nullptr && !empty) sink_sum -= __builtin_exp(sink - lse[i]) * delta;
       }
     });
     if (args_.dsinks != nullptr) sink_sums_[slice * grid_.blocks + block] = sink_sum;
@@ -270,8 +271,6 @@ class Backward {
       static_cast<C*>(args_.dsinks)[head] = static_cast<C>(sum);
     }
   }
-
-  static C infinity() { return static_cast<C>(__builtin_inff()); }
 
   const AttentionBackwardArgs& args_;
   const AttentionProblem& p_;

@@ -77,7 +77,6 @@ class Decode {
         multiply_keys(s, q, row_of<const T>(p_.k, batch, kv_head, columns.begin), width);
       }
     });
-    const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2());
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t head = kv_head * group_size_ + r / p_.seq_len_q, i = r % p_.seq_len_q;
       const Mask mask(p_, batch, head);
@@ -86,7 +85,7 @@ class Decode {
       C* scores = s + r * kPiece;
       scores_.finish(scores, kPiece, batch, head, row, columns, masked, mask);
       RowState<C> state{-infinity<C>(), Vec<C>::zero(), {}};
-      softmax_row(scores, width, to_log2, &state);
+      softmax_row(scores, width, &state);
       if (p_.dropout.threshold != 0) {
         drop_row(scores, width, p_.dropout, batch * p_.num_heads_q + head, i, columns.begin);
       }
@@ -225,7 +224,7 @@ class Decode {
     C sum = 0;
     for (int64_t piece = 0; piece < pieces_; ++piece) {
       C* partial = partials + piece * partial_size();
-      const Vec<C> alpha = exp2((Vec<C>::set1(partial[out_stride_]) - shift) * Vec<C>::set1(scores_.to_log2()));
+      const Vec<C> alpha = exp2(Vec<C>::set1(partial[out_stride_]) - shift);
       C factor;
       store_n(&factor, alpha, 1);
       sum += factor * partial[out_stride_ + 1];
@@ -234,8 +233,8 @@ class Decode {
         store(partials + d, fma(alpha, load(partial + d), before));
       }
     }
-    C* lse = static_cast<C*>(args_.lse) + (batch * p_.num_heads_q + head) * p_.seq_len_q + row;
-    const C factor = end_row(p_, head, sum, static_cast<double>(highest) * scores_.to_natural(), lse);
+    double* lse = args_.lse + (batch * p_.num_heads_q + head) * p_.seq_len_q + row;
+    const C factor = end_row(p_, head, sum, highest, lse);
     write_row(args_.out, batch, head, row, p_.head_dim_v, partials, factor);
   }
 

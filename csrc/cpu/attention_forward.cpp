@@ -154,10 +154,9 @@ class Forward {
 
   // Moves the running maximum and sum over a tile and turns its scores into probabilities relative to the new maximum.
   void softmax_tile(const Block& block, int64_t height, int64_t width) const {
-    const Vec<C> to_log2 = Vec<C>::set1(scores_.to_log2());
     for (int64_t i = 0; i < height; ++i) {
       RowState<C> row{block.max[i], load(block.sum + i * Vec<C>::kWidth), {}};
-      softmax_row(block.s + i * kKeys, width, to_log2, &row);
+      softmax_row(block.s + i * kKeys, width, &row);
       block.max[i] = row.max;
       store(block.sum + i * Vec<C>::kWidth, row.sum);
       store_n(block.alpha + i, row.alpha, 1);
@@ -184,11 +183,11 @@ class Forward {
 
   // Divides by the sum and rounds once, to the output's dtype.
   void write(const Block& block, int64_t batch, int64_t head, Range rows) const {
-    C* lse = static_cast<C*>(args_.lse) + (batch * p_.num_heads_q + head) * p_.seq_len_q;
+    double* lse = args_.lse + (batch * p_.num_heads_q + head) * p_.seq_len_q;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t at = i - rows.begin;
       const C sum = reduce_add(load(block.sum + at * Vec<C>::kWidth));
-      const C factor = end_row(p_, head, sum, static_cast<double>(block.max[at]) * scores_.to_natural(), &lse[i]);
+      const C factor = end_row(p_, head, sum, block.max[at], &lse[i]);
       write_row(args_.out, batch, head, i, p_.head_dim_v, block.out + at * out_stride_, factor);
     }
   }

@@ -8,8 +8,8 @@ namespace fastattn {
 // out = dropout(softmax(scores)) v and lse = log(sum(exp(scores))); docs/architecture.md has the details.
 struct AttentionForwardArgs {
   AttentionProblem problem;
-  View out;             // [batch, num_heads_q, seq_len_q, head_dim_v], dtype of q, columns contiguous
-  void* lse = nullptr;  // [batch, num_heads_q, seq_len_q], contiguous; float, double where q is double
+  View out;               // [batch, num_heads_q, seq_len_q, head_dim_v], dtype of q, columns contiguous
+  double* lse = nullptr;  // [batch, num_heads_q, seq_len_q], contiguous
 };
 
 FASTATTN_DECLARE(void attention_forward(const AttentionForwardArgs& args))

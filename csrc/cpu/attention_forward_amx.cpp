@@ -271,7 +271,7 @@ class ForwardAmx {
         sink = to_double(*row_of<const T>(p_.sinks, 0, block.head, 0));
       });
     }
-    float* lse = static_cast<float*>(args_.lse) + (block.batch * p_.num_heads_q + block.head) * p_.seq_len_q;
+    double* lse = args_.lse + (block.batch * p_.num_heads_q + block.head) * p_.seq_len_q;
     for (int64_t half = 0; half < kRows; half += 16) {
       const int64_t n = min(16, block.rows.end - block.rows.begin - half);
       if (n <= 0) break;
@@ -279,10 +279,9 @@ class ForwardAmx {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) lanes[i] = load(block.sum + (half + i) * 16);
       const FloatVec sum = reduce_each(lanes, [](FloatVec a, FloatVec b) { return a + b; });
-      FloatVec factor;
-      const FloatVec result = normalise(sink, sum, load(block.shift + half), &factor);
-      store(block.factor + half, factor);
-      store_n(lse + block.rows.begin + half, result, static_cast<int>(n));
+      double result[16];
+      store(block.factor + half, normalise(sink, sum, load(block.shift + half), result));
+      for (int64_t i = 0; i < n; ++i) lse[block.rows.begin + half + i] = result[i];
     }
     for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
       const int64_t at = i - block.rows.begin;
@@ -297,18 +296,21 @@ class ForwardAmx {
     }
   }
 
-  // Returns lse of 16 rows, and what their outputs are scaled by. A sink is one more logit in the denominator.
-  FloatVec normalise(double sink, FloatVec sum, FloatVec shift, FloatVec* factor) const {
+  // Writes lse of 16 rows and returns what their outputs are scaled by. A sink is one more logit in the denominator.
+  FloatVec normalise(double sink, FloatVec sum, FloatVec shift, double* lse) const {
     const FloatVec extra = FloatVec::set1(static_cast<float>(sink * kLog2E)), zero = FloatVec::zero();
     const FloatVec top = max(extra, shift);
     const FloatVec kept = exp2(shift - top);
     const FloatVec total = fma(sum, kept, exp2(extra - top));
-    const FloatVec result = log_of_scaled(total, top);
+    log_of_scaled(total, top, lse);
     const __mmask16 only_sink = sink == __builtin_inf() ? 0xffff : eq(sum, zero);
-    *factor = select(only_sink, zero, kept * FloatVec::set1(static_cast<float>(p_.dropout.rescale)) / total);
     // A score of +inf makes the row NaN, but its lse is +inf.
-    const FloatVec infinity = FloatVec::set1(kInfinity);
-    return select(only_sink, FloatVec::set1(static_cast<float>(sink)), select(eq(shift, infinity), infinity, result));
+    const __mmask16 endless = eq(shift, FloatVec::set1(kInfinity));
+    for (int i = 0; i < 16; ++i) {
+      if (endless >> i & 1) lse[i] = __builtin_inf();
+      if (only_sink >> i & 1) lse[i] = sink;
+    }
+    return select(only_sink, zero, kept * FloatVec::set1(static_cast<float>(p_.dropout.rescale)) / total);
   }
 
   const AttentionForwardArgs& args_;

@@ -12,7 +12,7 @@ inline C infinity() {
   return static_cast<C>(__builtin_inff());
 }
 
-// What has been seen of a row: probabilities are relative to exp(max).
+// What has been seen of a row: probabilities are relative to exp2(max).
 template <typename C>
 struct RowState {
   C max;         // -inf: nothing
@@ -22,7 +22,7 @@ struct RowState {
 
 // Turns `width` more scores of a row into probabilities, in place, whole vectors of them.
 template <typename C>
-inline void softmax_row(C* s, int64_t width, Vec<C> to_log2, RowState<C>* state) {
+inline void softmax_row(C* s, int64_t width, RowState<C>* state) {
   constexpr int W = Vec<C>::kWidth;
   Vec<C> highest = load(s);
   for (int64_t j = W; j < width; j += W) highest = max(highest, load(s + j));
@@ -30,10 +30,10 @@ inline void softmax_row(C* s, int64_t width, Vec<C> to_log2, RowState<C>* state)
   const C now = here < before ? before : here;  // a NaN becomes the maximum and the whole row with it
   // -inf minus -inf is NaN, so a row that has seen nothing subtracts 0 instead.
   const Vec<C> shift = Vec<C>::set1(now == -infinity<C>() ? C(0) : now);
-  state->alpha = exp2((Vec<C>::set1(before) - shift) * to_log2);
+  state->alpha = exp2(Vec<C>::set1(before) - shift);
   Vec<C> sum = state->sum * state->alpha;
   for (int64_t j = 0; j < width; j += W) {
-    const Vec<C> e = exp2((load(s + j) - shift) * to_log2);
+    const Vec<C> e = exp2(load(s + j) - shift);
     sum = sum + e;
     store(s + j, e);
   }
@@ -53,18 +53,18 @@ inline void drop_row(C* s, int64_t width, const Dropout& dropout, int64_t slice,
   }
 }
 
-// Ends a row of query head `head`: writes its lse and returns what its weighted values are to be multiplied by.
-// `highest` is the maximum in natural-log units.
+// Ends a row of query head `head`: writes its lse, in natural-log units, and returns what its weighted values are to be
+// multiplied by.
 template <typename C>
-inline C end_row(const AttentionProblem& p, int64_t head, C sum, double highest, C* lse) {
+inline C end_row(const AttentionProblem& p, int64_t head, C sum, C max, double* lse) {
+  const double highest = static_cast<double>(max) * kLn2;
   if (p.sinks.data == nullptr) {
     if (sum == 0) {
-      *lse = -infinity<C>();
+      *lse = -__builtin_inf();
       return 0;
     }
     // A score of +inf makes the row NaN, but its lse is +inf.
-    *lse =
-        highest == __builtin_inf() ? infinity<C>() : static_cast<C>(highest + __builtin_log(static_cast<double>(sum)));
+    *lse = highest == __builtin_inf() ? highest : highest + __builtin_log(static_cast<double>(sum));
     return static_cast<C>(p.dropout.rescale / static_cast<double>(sum));
   }
   // The sink is one more logit in the denominator.
@@ -74,13 +74,13 @@ inline C end_row(const AttentionProblem& p, int64_t head, C sum, double highest,
     sink = to_double(*row_of<const T>(p.sinks, 0, head, 0));
   });
   if (sum == 0 || sink == __builtin_inf()) {
-    *lse = static_cast<C>(sink);
+    *lse = sink;
     return 0;
   }
   const double top = sink > highest ? sink : highest;
   const double kept = __builtin_exp(highest - top);
   const double total = static_cast<double>(sum) * kept + __builtin_exp(sink - top);
-  *lse = static_cast<C>(top + __builtin_log(total));
+  *lse = top + __builtin_log(total);
   return static_cast<C>(kept * p.dropout.rescale / total);
 }
 

@@ -9,46 +9,40 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// kRaw is for products of the queries as they are, unscaled.
-enum class ScoreUnit { kCheapest, kNatural, kRaw };
+// What the product of queries and keys starts from: queries that carry the scale, or (kRaw) the caller's own.
+enum class ScoreUnit { kLog2, kRaw };
 
-// A score is held in one of two units, unless kNatural asks for the second. Without softcap and bias it stays the
-// product of the packed queries and the keys, and the rest of the scale is folded into the exponent: nothing is done to
-// a tile that is not masked. Otherwise it is the score itself.
+// A score is held in powers of two, score * log2(e): the scale and log2(e) are multiplied into the queries, one
+// rounding each, so that a probability is exp2(score - shift) and nothing is done to a tile without mask, softcap and
+// bias. The product of raw queries needs to_log2() there.
 template <typename C>
 class Scores {
  public:
-  explicit Scores(const AttentionProblem& p, ScoreUnit unit = ScoreUnit::kCheapest) : p_(p) {
-    plain_ = unit != ScoreUnit::kNatural && p.softcap == 0 && p.bias[0].data == nullptr && p.bias[1].data == nullptr;
-    if (unit == ScoreUnit::kRaw) {
-      plain_ = plain_ && p.softmax_scale > 0;
-      query_factor_ = 1;
-      rest_ = static_cast<C>(p.softmax_scale);
-      to_natural_ = plain_ ? p.softmax_scale : 1.0;
-      return;
-    }
-    // The scale's sign and power of two go into the queries, where they cost no rounding; [1/2, 1) is left. A scale of
-    // 0 goes there whole: a masked score of -inf must not meet a factor of 0.
-    int exponent = 0;
-    const double fraction = __builtin_frexp(__builtin_fabs(p.softmax_scale), &exponent);
-    query_factor_ =
-        static_cast<C>(__builtin_copysign(fraction == 0 ? 0.0 : __builtin_ldexp(1.0, exponent), p.softmax_scale));
-    rest_ = fraction == 0 ? C(1) : static_cast<C>(fraction);
-    to_natural_ = plain_ ? (fraction == 0 ? 1.0 : fraction) : 1.0;
+  explicit Scores(const AttentionProblem& p, ScoreUnit unit = ScoreUnit::kLog2)
+      : p_(p), raw_(unit == ScoreUnit::kRaw), scale_(p.softmax_scale * kLog2E) {
+    plain_ = p.softcap == 0 && p.bias[0].data == nullptr && p.bias[1].data == nullptr;
+    // A masked score of -inf must not meet a factor of 0.
+    if (raw_) plain_ = plain_ && p.softmax_scale > 0;
   }
 
-  double to_natural() const { return to_natural_; }  // natural-log units in one unit of the held score
-  C to_log2() const { return static_cast<C>(to_natural_ * kLog2E); }
+  // Powers of two in one unit of the held score: 1, but for raw products that finish() leaves as they are.
+  C to_log2() const { return raw_ && plain_ ? static_cast<C>(scale_) : C(1); }
 
-  // Writes queries [rows.begin, rows.end) as the product wants them: contiguous rows of head_dim.
+  // Writes queries [rows.begin, rows.end) as the product wants them: contiguous rows of head_dim, times the scale.
   void load_queries(C* to, int64_t batch, int64_t head, Range rows) const {
+    // In two parts: a rounded scale would be a softmax at another temperature. The parts have one sign and neither is
+    // 0, because inf - inf and inf * 0 are NaN.
+    C high = static_cast<C>(scale_);
+    if (__builtin_fabs(static_cast<double>(high)) >= __builtin_fabs(scale_)) high *= C(1) - kHalfUlp;
+    const Vec<C> low = Vec<C>::set1(static_cast<C>(scale_ - static_cast<double>(high))), factor = Vec<C>::set1(high);
     visit(p_.q.dtype, [&](auto type) {
       using T = typename decltype(type)::Type;
-      const Vec<C> factor = Vec<C>::set1(query_factor_);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const T* from = row_of<const T>(p_.q, batch, head, i);
-        for_each_vec<C>(p_.head_dim,
-                        [&](int64_t d, auto n) { store_n(to + d, load_as_n<C>(from + d, n) * factor, n); });
+        for_each_vec<C>(p_.head_dim, [&](int64_t d, auto n) {
+          const Vec<C> x = load_as_n<C>(from + d, n);
+          store_n(to + d, fma(x, factor, x * low), n);
+        });
         to += p_.head_dim;
       }
     });
@@ -62,7 +56,9 @@ class Scores {
     const int64_t width = columns.end - columns.begin;
     for (int64_t i = rows.begin; i < rows.end; ++i, s += stride) {
       if (!plain_) {
-        scale_and_cap(s, width, slope == nullptr ? nullptr : slope + (i - rows.begin) * stride);
+        if (raw_ || p_.softcap != 0) {
+          scale_and_cap(s, width, slope == nullptr ? nullptr : slope + (i - rows.begin) * stride);
+        }
         add_bias(p_.bias[0], s, batch, head, i, columns);
         add_bias(p_.bias[1], s, batch, head, i, columns);
       }
@@ -72,9 +68,10 @@ class Scores {
 
  private:
   void scale_and_cap(C* s, int64_t width, C* slope) const {
-    const Vec<C> rest = Vec<C>::set1(rest_), cap = Vec<C>::set1(static_cast<C>(p_.softcap));
+    const Vec<C> scale = Vec<C>::set1(raw_ ? static_cast<C>(scale_) : C(1));
+    const Vec<C> cap = Vec<C>::set1(static_cast<C>(p_.softcap * kLog2E));
     for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
-      Vec<C> x = load(s + j) * rest;
+      Vec<C> x = load(s + j) * scale;
       if (p_.softcap != 0) {
         const Vec<C> t = tanh(x / cap);
         if (slope != nullptr) store(slope + j, fnma(t, t, Vec<C>::set1(C(1))));
@@ -86,6 +83,7 @@ class Scores {
 
   static void add_bias(const View& bias, C* s, int64_t batch, int64_t head, int64_t row, Range columns) {
     if (bias.data == nullptr) return;
+    const Vec<C> log2_e = Vec<C>::set1(static_cast<C>(kLog2E));
     visit(bias.dtype, [&](auto type) {
       using T = typename decltype(type)::Type;
       const T* from = row_of<const T>(bias, batch, head, row) + columns.begin * bias.stride[3];
@@ -98,7 +96,7 @@ class Scores {
           for (int k = 0; k < n; ++k) lanes[k] = to_compute<C>(from[(j + k) * bias.stride[3]]);
           x = load(lanes);
         }
-        store(s + j, load(s + j) + x);
+        store(s + j, fma(x, log2_e, load(s + j)));
       });
     });
   }
@@ -114,10 +112,27 @@ class Scores {
     }
   }
 
+  static constexpr C kHalfUlp = sizeof(C) == 4 ? C(0x1p-24) : C(0x1p-53);
+
   const AttentionProblem& p_;
-  C query_factor_, rest_;
-  double to_natural_;
+  const bool raw_;
+  const double scale_;
   bool plain_;
+};
+
+// The probabilities of a row whose lse is known: exp2(score - shift) * factor, 0 for an empty row. The factor is what
+// rounding the shift to the scores' type would cost: eps * |lse| / 2 of every probability.
+template <typename C>
+struct RowScale {
+  C shift, factor;
+
+  explicit RowScale(double lse) {
+    const C infinity = static_cast<C>(__builtin_inff());
+    const double log2_lse = lse * kLog2E;
+    shift = lse == -__builtin_inf() ? infinity : static_cast<C>(log2_lse);
+    const double lost = shift == infinity ? 0.0 : static_cast<double>(shift) - log2_lse;
+    store_n(&factor, exp2(Vec<C>::set1(static_cast<C>(lost))), 1);
+  }
 };
 
 }  // namespace fastattn::FASTATTN_ISA

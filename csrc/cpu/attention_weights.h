@@ -8,7 +8,7 @@ namespace fastattn {
 // weights = dropout(exp(scores - lse)), 0 where invisible; v, sinks and lse's origin play no part.
 struct AttentionWeightsArgs {
   AttentionProblem problem;
-  View lse;           // [batch, num_heads_q, seq_len_q]: float, double where q is double
+  View lse;           // [batch, num_heads_q, seq_len_q], double
   View out;           // [batch, num_heads_q, seq_len_q, seq_len_k], dtype of q, columns contiguous
   bool mean = false;  // over the query heads: out is then [batch, 1, seq_len_q, seq_len_k]
 };

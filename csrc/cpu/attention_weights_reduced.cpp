@@ -211,29 +211,30 @@ class Reduced {
     C* weights = carver.take<C>(kRows * kKeys);
     double* sums = carver.take<double>(rows_);
     zero(sums, rows_);
-    // The logarithm of a weight is its score's distance from the lse. 0 times -inf is NaN, so what has a weight of 0
-    // gets a finite one.
-    const Vec<C> lowest = Vec<C>::set1(C(-1e4)), rescale = Vec<C>::set1(static_cast<C>(log_rescale()));
+    // The logarithm of a weight is its score's distance from the lse, here in powers of two. 0 times -inf is NaN, so
+    // what has a weight of 0 gets a finite one.
+    const Vec<C> lowest = Vec<C>::set1(C(-1e4));
+    const double log2_rescale = __builtin_log2(p_.dropout.rescale);
     along_keys(
         tile, slice, rows,
         [&](Range block, Range columns) {
           weights_.exponentiate(weights, tile.s, batch, head, block, columns);
           for (int64_t i = block.begin; i < block.end; ++i) {
             const C *w = weights + (i - block.begin) * kKeys, *s = tile.s + (i - block.begin) * kKeys;
-            const Vec<C> shift = weights_.shift(batch, head, i);
+            const RowScale<C> scale = weights_.scale(batch, head, i);
+            const Vec<C> shift = Vec<C>::set1(scale.shift);
+            const Vec<C> rest =
+                Vec<C>::set1(static_cast<C>(log2_rescale + __builtin_log2(static_cast<double>(scale.factor))));
             Vec<C> sum = Vec<C>::zero();
             for (int64_t j = 0; j < columns.end - columns.begin; j += W) {
-              sum = fma(load(w + j), max(lowest, load(s + j) - shift + rescale), sum);
+              sum = fma(load(w + j), max(lowest, load(s + j) - shift + rest), sum);
             }
-            sums[i - rows.begin] -= static_cast<double>(reduce_add(sum));
+            sums[i - rows.begin] -= static_cast<double>(reduce_add(sum)) * kLn2;
           }
         },
         [](Range) {});
     write(sums, rows.end - rows.begin, slice * p_.seq_len_q + rows.begin);
   }
-
-  // Of what dropout multiplies the weights by.
-  double log_rescale() const { return __builtin_log(p_.dropout.rescale); }
 
   void top_k(int64_t slice, Range rows) const {
     const int64_t batch = slice / p_.num_heads_q, head = slice % p_.num_heads_q, wanted = args_.top_k;

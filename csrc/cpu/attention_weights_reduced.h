@@ -15,7 +15,7 @@ enum class WeightsReduction {
 
 struct AttentionWeightsReducedArgs {
   AttentionProblem problem;
-  View lse;  // [batch, num_heads_q, seq_len_q]: float, double where q is double
+  View lse;  // [batch, num_heads_q, seq_len_q], double
   WeightsReduction reduction = WeightsReduction::kKeySum;
   int64_t top_k = 0;      // in [1, seq_len_k], for kTopK
   int64_t pool_size = 0;  // >= 1, for kPooled: queries and keys a cell

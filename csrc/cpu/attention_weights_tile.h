@@ -17,7 +17,7 @@ class WeightTiles {
   static constexpr int64_t kRows = 96;   // queries a tile: a multiple of kTileRows
   static constexpr int64_t kKeys = 256;  // keys a tile: a multiple of 64 (a word of mask bits) and of every panel width
 
-  WeightTiles(const AttentionProblem& p, const View& lse) : p_(p), lse_(lse), scores_(p, ScoreUnit::kNatural) {}
+  WeightTiles(const AttentionProblem& p, const View& lse) : p_(p), lse_(lse), scores_(p) {}
 
   int64_t queries_size() const { return kRows * p_.head_dim; }
   int64_t keys_size() const { return panels_size<C>(p_.head_dim, kKeys); }
@@ -31,8 +31,9 @@ class WeightTiles {
     });
   }
 
-  // Writes a tile of scores to s [rows, kKeys], -inf where invisible and in the rest of each row's last vector; returns
-  // false, and writes nothing, where no key is visible. `q` is memory for the queries, `k` the packed columns.
+  // Writes a tile of scores, in powers of two, to s [rows, kKeys], -inf where invisible and in the rest of each row's
+  // last vector; returns false, and writes nothing, where no key is visible. `q` is memory for the queries, `k` the
+  // packed columns.
   bool score(C* s, C* q, const C* k, int64_t batch, int64_t head, Range rows, Range columns) const {
     const Mask mask(p_, batch, head);
     const Coverage coverage = mask.coverage(rows, columns);
@@ -49,15 +50,15 @@ class WeightTiles {
   // Writes the weights of a tile of scores to w, which may be s; whole vectors of each row.
   void exponentiate(C* w, const C* s, int64_t batch, int64_t head, Range rows, Range columns) const {
     const int64_t width = columns.end - columns.begin;
-    const Vec<C> log2_e = Vec<C>::set1(static_cast<C>(kLog2E));
     const Vec<C> hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff()));
     for (int64_t i = rows.begin; i < rows.end; ++i, s += kKeys, w += kKeys) {
-      const Vec<C> lse = shift(batch, head, i);
-      if (mask_bits(eq(lse, lse)) != 0) {
-        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, exp2((load(s + j) - lse) * log2_e));
+      const RowScale<C> row = scale(batch, head, i);
+      const Vec<C> shift = Vec<C>::set1(row.shift), factor = Vec<C>::set1(row.factor);
+      if (row.shift == row.shift) {
+        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, exp2(load(s + j) - shift) * factor);
       } else {  // a NaN reaches the keys that its row sees and no other
         for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
-          store(w + j, select(eq(load(s + j), hidden), Vec<C>::zero(), lse));
+          store(w + j, select(eq(load(s + j), hidden), Vec<C>::zero(), shift));
         }
       }
       if (p_.dropout.threshold != 0) drop(w, width, batch * p_.num_heads_q + head, i, columns.begin);
@@ -71,11 +72,8 @@ class WeightTiles {
     return visible;
   }
 
-  // What a row's scores are above the logarithms of its weights.
-  Vec<C> shift(int64_t batch, int64_t head, int64_t row) const {
-    const C lse = *(row_of<const C>(lse_, batch, head, row));
-    // -inf minus -inf is NaN, so an empty row subtracts 0 instead.
-    return Vec<C>::set1(lse == -static_cast<C>(__builtin_inff()) ? C(0) : lse);
+  RowScale<C> scale(int64_t batch, int64_t head, int64_t row) const {
+    return RowScale<C>(*row_of<const double>(lse_, batch, head, row));
   }
 
  private:

@@ -260,6 +260,18 @@ void register_dropout_mask(py::module_& m) {
       "Writes the contiguous bool mask keep[slices, rows, columns] of the elements that dropout leaves.");
 }
 
+// One number a query: float64 [batch, num_heads_q, seq_len_q], contiguous.
+double* read_rows(py::handle tensor, const AttentionProblem& p) {
+  const TensorInfo info = read_tensor(tensor);
+  const int64_t size[] = {p.batch, p.num_heads_q, p.seq_len_q};
+  bool fits = info.dims == 3 && info.dtype == DType::kFloat64;
+  for (int64_t i = 2, stride = 1; fits && i >= 0; stride *= size[i--]) {
+    fits = info.size[i] == size[i] && (size[i] == 1 || info.stride[i] == stride);
+  }
+  if (!fits) throw std::invalid_argument("lse must be a contiguous float64 tensor of one number a query");
+  return static_cast<double*>(info.data);
+}
+
 void register_attention_forward(py::module_& m) {
   m.def(
       "attention_forward",
@@ -267,7 +279,7 @@ void register_attention_forward(py::module_& m) {
         AttentionForwardArgs args;
         args.problem = read_attention(call);
         args.out = to_view(read_tensor(out));
-        args.lse = read_pointer<void>(lse);
+        args.lse = read_rows(lse, args.problem);
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(attention_forward, args);
       },
@@ -283,8 +295,8 @@ void register_attention_backward(py::module_& m) {
         args.problem = read_attention(call);
         args.out = to_view(read_tensor(out));
         args.dout = to_view(read_tensor(dout));
-        args.lse = read_pointer<const void>(lse);
-        args.dlse = read_pointer<const void>(dlse);
+        args.lse = read_rows(lse, args.problem);
+        args.dlse = dlse.is_none() ? nullptr : read_rows(dlse, args.problem);
         const auto read_optional = [](py::handle tensor) {
           return tensor.is_none() ? View{} : to_view(read_tensor(tensor));
         };

@@ -14,7 +14,7 @@ from fastattn.backends import blocked
 from fastattn.backends.base import Backend
 from fastattn.spec import attention_weights as attention_weights_spec
 from fastattn.spec import feed_forward as feed_forward_spec
-from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
@@ -41,19 +41,21 @@ class CpuBackend(Backend):
             torch.empty_like(tensor) if need and tensor is not None else None
             for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
         ]
-        # Gradients of query, key and value are rounded by the kernel; the other sums stay in lse's dtype until here.
+        # Gradients of query, key and value are rounded by the kernel; the other sums stay unrounded until here.
+        wide = lse_dtype(call.query.dtype)
         written = [
-            _row_buffer(grad, grad.dtype if i < 3 else lse.dtype) if grad is not None else None
+            _row_buffer(grad, grad.dtype if i < 3 else wide) if grad is not None else None
             for i, grad in enumerate(grads)
         ]
-        dlse = dlse if dlse is None else dlse.contiguous()
-        kernels().attention_backward(call, _rows(out), lse.contiguous(), _rows(dout), dlse, *written)
+        dlse = dlse if dlse is None else _kept(dlse)
+        kernels().attention_backward(call, _rows(out), _kept(lse), _rows(dout), dlse, *written)
         for grad, values in zip(grads, written, strict=True):
             if grad is not None and values is not None and values is not grad:
                 grad.copy_(values)
         return grads
 
     def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
+        call = call._replace(lse=_kept(call.lse))
         result, indices = attention_weights_spec.empty_result(call)
         if call.reduce in ("none", "head_mean"):
             kernels().attention_weights(call.attention, call.lse, result, call.reduce == "head_mean")
@@ -165,6 +167,11 @@ def cpu_flags() -> frozenset[str]:
     """Returns the processor's features beyond the instruction set in use, such as "amx_bf16"."""
     module = _load()[0]
     return frozenset() if module is None else frozenset(module.cpu_flags())
+
+
+def _kept(lse: Tensor) -> Tensor:
+    """Returns lse, or its gradient, as the kernels take it; a user of the op may hand in a float32 one."""
+    return lse.to(kept_lse_dtype(lse.device)).contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:

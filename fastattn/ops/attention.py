@@ -15,7 +15,7 @@ from fastattn.masks import Mask
 from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
 from fastattn.reference import attention as formula
-from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, empty_output
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, empty_output, lse_dtype
 
 # The fields of AttentionCall, as the dispatcher writes them.
 CALL_SCHEMA = """
@@ -93,11 +93,11 @@ def attention(
         backend=_dispatch.resolve(backend),
     )
     out, lse = attend(call)
-    return (out, lse) if return_lse else out
+    return (out, lse.to(lse_dtype(query.dtype))) if return_lse else out
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns ``(out, lse)`` of a canonical call, differentiable."""
+    """Returns ``(out, lse)`` of a canonical call, differentiable; lse as the op keeps it (``kept_lse_dtype``)."""
     if _dispatch.needs_reference_derivatives(
         call.query, call.key, call.value, call.bias, call.relative_bias, call.sinks
     ):

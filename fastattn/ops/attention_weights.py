@@ -91,7 +91,7 @@ def attention_weights(
     Source: Dao, "FlashAttention-2", 2023, section 3.2 (recomputing P from the lse).
     """
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        # The op itself does not cast: its lse must stay float32.
+        # The op itself does not cast: its lse must stay what it is.
         query, key = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key))
     call = attention_call(
         query,
@@ -151,7 +151,7 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
     call, dresult, needed = _unflat(args[:_NUM_FIELDS]), args[-2], args[-1]
     tensors = _inputs(call)
     wanted = [t is not None and need for t, need in zip(tensors, needed, strict=True)]
-    # In lse's dtype: the blocks' gradients are added up unrounded.
+    # In the accumulators' dtype: the blocks' gradients are added up unrounded.
     leaves = [
         t.detach().to(lse_dtype(t.dtype)).requires_grad_() if t is not None and w else t
         for t, w in zip(tensors, wanted, strict=True)

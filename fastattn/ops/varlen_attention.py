@@ -11,7 +11,7 @@ from fastattn.biases import RelativeBias
 from fastattn.masks import Mask, Window
 from fastattn.ops import _dispatch
 from fastattn.ops.attention import attend
-from fastattn.spec.attention import attention_call
+from fastattn.spec.attention import attention_call, lse_dtype
 from fastattn.spec.checks import check_dropout, check_tensor, draw_dropout_state
 
 
@@ -109,7 +109,7 @@ def varlen_attention(
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     packed = torch.cat(outs)
-    return (packed, torch.cat(lses, dim=1)) if return_lse else packed
+    return (packed, torch.cat(lses, dim=1).to(lse_dtype(query.dtype))) if return_lse else packed
 
 
 def _bounds(name: str, cu_seqlens: Tensor, tokens: int) -> list[int]:

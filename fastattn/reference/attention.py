@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.reference.philox import keep_mask
-from fastattn.spec.attention import AttentionCall, lse_dtype
+from fastattn.spec.attention import AttentionCall, kept_lse_dtype, lse_dtype
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a canonical call.
 
     ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; ``lse`` [batch, num_heads_q, seq_len_q] in
-    float32 (float64 for float64).  Accumulates in lse's dtype and rounds once, at the end.  Empty rows give 0 and -inf.
+    ``kept_lse_dtype``.  Accumulates in float32 (float64 for float64) and rounds once, at the end.  Empty rows give 0
+    and -inf.
     """
     weights, lse, allowed = _weights(call)
     value = _visible_rows(call.value, call, allowed)
@@ -33,7 +34,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def scores(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns the scores before the softmax, -inf where invisible, and the visible set.
 
-    Shapes: scores [batch, num_heads_q, seq_len_q, seq_len_k] in lse's dtype; visible bool, the same shape.
+    Shapes: scores [batch, num_heads_q, seq_len_q, seq_len_k] in ``lse_dtype``; visible bool, the same shape.
     """
     dtype = lse_dtype(call.query.dtype)
     allowed = masks.visible(call.mask, call.shape, call.query.device).expand(call.shape)
@@ -60,18 +61,35 @@ def _weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     if s.shape[-1]:
         # The gradient of logsumexp over nothing but -inf is NaN: such a row takes it over zeros and is overwritten.
         empty = s.isneginf().all(dim=-1)
-        lse = torch.where(empty[..., None], 0.0, s).logsumexp(dim=-1).masked_fill(empty, float("-inf"))
+        lse = _logsumexp(torch.where(empty[..., None], 0.0, s)).masked_fill(empty, float("-inf"))
     else:
-        lse = s.new_full(s.shape[:3], float("-inf"))
+        lse = s.new_full(s.shape[:3], float("-inf"), dtype=kept_lse_dtype(s.device))
     if call.sinks is not None:
-        lse = _logaddexp(lse, call.sinks.to(s.dtype)[None, :, None])
-    # -inf minus -inf is NaN, so an empty row subtracts 0 instead.
-    shift = torch.where(lse.isneginf(), 0.0, lse)[..., None]
-    weights = torch.where(allowed, (torch.where(allowed, s, shift) - shift).exp(), 0.0)
+        lse = _logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None])
+    return probabilities(call, s, allowed, lse), lse, allowed
+
+
+def probabilities(call: AttentionCall, s: Tensor, allowed: Tensor, lse: Tensor) -> Tensor:
+    """Returns ``dropout(exp(s - lse))`` over the visible keys, 0 elsewhere, in the dtype of ``s``."""
+    # -inf minus -inf is NaN, so an empty row subtracts 0 instead.  What rounding lse to the dtype of the scores loses
+    # comes back as a factor of the row.
+    finite = torch.where(lse.isneginf(), 0.0, lse)
+    shift = finite.detach().to(s.dtype)
+    lost = torch.where(shift.isinf(), 0.0, shift - finite).exp().to(s.dtype)[..., None]
+    weights = torch.where(allowed, (torch.where(allowed, s, shift[..., None]) - shift[..., None]).exp() * lost, 0.0)
     if call.dropout_state is not None:
         keep = keep_mask(call.dropout_state, call.dropout_p, s.shape[0] * s.shape[1], s.shape[2], s.shape[3])
         weights = weights * keep.view(s.shape) / (1.0 - call.dropout_p)
-    return weights, lse, allowed
+    return weights
+
+
+def _logsumexp(s: Tensor) -> Tensor:
+    """Returns the log of each row's sum of exponentials, in ``kept_lse_dtype``."""
+    # An infinite maximum is not subtracted: inf - inf is NaN.
+    top = s.detach().amax(dim=-1)
+    top = torch.where(top.isinf(), 0.0, top)
+    dtype = kept_lse_dtype(s.device)
+    return top.to(dtype) + (s - top[..., None]).exp().sum(dim=-1).to(dtype).log()
 
 
 def _logaddexp(lse: Tensor, sink: Tensor) -> Tensor:
@@ -82,7 +100,7 @@ def _logaddexp(lse: Tensor, sink: Tensor) -> Tensor:
 
 
 def _visible_rows(tensor: Tensor, call: AttentionCall, allowed: Tensor) -> Tensor:
-    """Returns key or value for each query head, in lse's dtype, with 0 in the rows that no query may see."""
+    """Returns key or value for each query head, in ``lse_dtype``, with 0 in the rows that no query may see."""
     rows = tensor.to(lse_dtype(tensor.dtype))
     if call.group_size > 1:
         rows = rows.repeat_interleave(call.group_size, dim=1)

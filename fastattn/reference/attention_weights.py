@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.reference.attention import scores
-from fastattn.reference.philox import keep_mask
+from fastattn.reference.attention import probabilities, scores
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.attention_weights import WeightsCall, empty_result
 
@@ -19,20 +18,15 @@ BLOCK_ELEMENTS = 1 << 22
 def attention_weights(call: AttentionCall, lse: Tensor) -> Tensor:
     """Returns ``dropout(exp(s - lse))`` over the visible keys, 0 elsewhere.
 
-    Shape: [batch, num_heads_q, seq_len_q, seq_len_k] in lse's dtype.  With the lse of the same call it is the softmax.
+    Shape: [batch, num_heads_q, seq_len_q, seq_len_k] in float32 (float64 for float64).  With the lse of the same call
+    it is the softmax.
     """
     s, allowed = scores(call)
-    # -inf minus -inf is NaN, so an empty row subtracts 0 instead.
-    shift = torch.where(lse.isneginf(), 0.0, lse)[..., None]
-    weights = torch.where(allowed, (torch.where(allowed, s, shift) - shift).exp(), 0.0)
-    if call.dropout_state is not None:
-        keep = keep_mask(call.dropout_state, call.dropout_p, s.shape[0] * s.shape[1], s.shape[2], s.shape[3])
-        weights = weights * keep.view(s.shape) / (1.0 - call.dropout_p)
-    return weights
+    return probabilities(call, s, allowed, lse)
 
 
 def reduced_weights(call: WeightsCall) -> tuple[Tensor, Tensor]:
-    """Returns ``(result, indices)`` of a canonical call, in lse's dtype; ``indices`` is empty but for "top_k"."""
+    """Returns ``(result, indices)`` of a canonical call, unrounded; ``indices`` is empty but for "top_k"."""
     return reduce_weights(attention_weights(call.attention, call.lse), call)
 
 

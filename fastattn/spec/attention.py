@@ -146,12 +146,12 @@ def empty_output(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
     ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] has query's dtype and follows query's memory order, so that a
     projection's [batch, seq_len, heads * head_dim] output needs no copy.  ``lse`` [batch, num_heads_q, seq_len_q] is
-    float32, or float64 for float64.
+    of :func:`kept_lse_dtype`.
     """
     query = call.query
     batch, num_heads_q, seq_len_q, _ = query.shape
     head_dim_v = call.value.shape[3]
-    lse = query.new_empty((batch, num_heads_q, seq_len_q), dtype=lse_dtype(query.dtype))
+    lse = query.new_empty((batch, num_heads_q, seq_len_q), dtype=kept_lse_dtype(query.device))
     if query.stride(1) < query.stride(2):
         if query.stride(0) < query.stride(2):
             return query.new_empty((seq_len_q, batch, num_heads_q, head_dim_v)).permute(1, 2, 0, 3), lse
@@ -160,8 +160,16 @@ def empty_output(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of accumulators and of lse for inputs of ``dtype``."""
+    """Returns the dtype of accumulators, and of the lse that a user gets, for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_lse_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of the lse that the op itself returns and keeps for its backward: float64 where there is one.
+
+    A float32 lse's own rounding would be an error of ``eps * |lse| / 2`` in every probability made from it.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:

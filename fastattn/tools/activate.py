@@ -20,7 +20,7 @@ from fastattn import masks
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import resolve
 from fastattn.ops.attention import scaled_dot_product_attention
-from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, kept_lse_dtype, lse_dtype
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _FLASH_BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -227,6 +227,7 @@ def _forward_or(original: Callable[..., Any]) -> Callable[..., Any]:
             _warn(str(error))
             return result
         # Compiled code relies on PyTorch's strides.
+        lse = lse.to(lse_dtype(query.dtype))
         return _laid_out(out, torch.empty_like(query)), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
     return forward
@@ -248,12 +249,11 @@ def _backward_or(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, ...]:
         try:
             call = _flash_call(query, key, value, is_causal, attn_mask, scale)
+            lse = logsumexp.to(kept_lse_dtype(query.device)).contiguous()
             needed = [name in ("query", "key", "value") for name in DIFFERENTIABLE]
             grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
             with _above_autograd():
-                grads = torch.ops.fastattn.attention_backward(
-                    *call, out, logsumexp.contiguous(), grad_out, None, needed
-                )
+                grads = torch.ops.fastattn.attention_backward(*call, out, lse, grad_out, None, needed)
         except (UnsupportedError, ValueError, TypeError) as error:
             result = original(
                 grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
