@@ -49,7 +49,6 @@ class AmxTiles {
   };
 
   const Grid& grid() const { return grid_; }
-  const Scores<C>& scores() const { return scores_; }
   int64_t dq_stride() const { return dim_steps_ * kStep; }
   static const C* ds(const Task& task) { return task.ds; }
 
@@ -239,7 +238,8 @@ class AmxTiles {
   };
   Row begin_row(const BackwardHead<C>& head, int64_t row, int64_t end) const {
     if (row >= end) return {FloatVec::zero(), FloatVec::zero(), 0};
-    return {FloatVec::set1(-head.shift[row] * to_log2_), FloatVec::set1(head.delta[row]), 0};
+    // The rows' factors stay out: what they mend is float32's, and P is rounded to bfloat16.
+    return {FloatVec::set1(-head.shift[row]), FloatVec::set1(head.delta[row]), 0};
   }
 
   // The rows of a pair lie 16 apart, as pack_tiles pairs them. With kRare: dropout, softcap, or dS is to be kept.
