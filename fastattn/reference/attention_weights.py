@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.reference.attention import probabilities, scores
-from fastattn.spec.attention import AttentionCall
-from fastattn.spec.attention_weights import WeightsCall, empty_result
+from fastattn.spec.attention import AttentionCall, lse_dtype
+from fastattn.spec.attention_weights import WeightsCall, blocks, result_shape
 
 # Elements of the largest block of weights that a reduction holds: 2^22 float32 are 16 MiB, so that it stays near the
 # cores.
@@ -31,21 +31,19 @@ def reduced_weights(call: WeightsCall) -> tuple[Tensor, Tensor]:
 
 
 def reduced_in_blocks(call: WeightsCall) -> tuple[Tensor, Tensor]:
-    """Returns what :func:`reduced_weights` does, in query's dtype and a block of rows at a time; not differentiable.
+    """Returns what :func:`reduced_weights` does, in query's dtype and a block at a time; not differentiable.
 
-    Each block's result is written to its place: one kept by itself would pin the heap between the blocks' weights.
+    Each block's result is added to its place: one kept by itself would pin the heap between the blocks' weights.
     """
-    result, indices = empty_result(call)
-    total = torch.zeros_like(result, dtype=call.lse.dtype) if call.reduce == "key_sum" else None
-    for block, where in call.blocks(BLOCK_ELEMENTS):
-        found, found_indices = reduced_weights(block)
-        if total is not None:
-            total += found
-            continue
-        result[where] = found
+    dtype = call.attention.query.dtype
+    result = call.lse.new_zeros(result_shape(call), dtype=lse_dtype(dtype))
+    indices = call.lse.new_empty(result.shape if call.reduce == "top_k" else (0,), dtype=torch.int64)
+    for block in blocks(call, BLOCK_ELEMENTS):
+        found, found_indices = reduced_weights(block.call)
+        result[block.where] += found * block.share
         if call.reduce == "top_k":
-            indices[where] = found_indices
-    return result if total is None else result.copy_(total), indices
+            indices[block.where] = found_indices
+    return result.to(dtype), indices
 
 
 def reduce_weights(weights: Tensor, call: WeightsCall) -> tuple[Tensor, Tensor]:

@@ -29,30 +29,16 @@ class WeightsCall(NamedTuple):
     top_k: int
     pool_size: int
 
-    def blocks(self, elements: int) -> Iterator[tuple[WeightsCall, tuple[slice, ...]]]:
-        """Yields the calls of one block of rows after another, and where in the whole result each one's stands.
 
-        Results of "key_sum" all stand in the same place, to be added up.
+class WeightsBlock(NamedTuple):
+    """Some queries of some heads and batch entries of a call.
 
-        Args:
-            elements: about how many weights a block may have, of all heads and batch entries.
-        """
-        batch, heads, rows, columns = self.attention.shape
-        cell = self.pool_size if self.reduce == "pooled" else 1
-        height = -(-max(1, elements // max(batch * heads * columns, 1)) // cell) * cell
-        if self.attention.dropout_state is not None:
-            # Dropout counts rows from the first, so that a later block would draw other numbers.
-            height = rows
-        for start in range(0, rows, height):
-            stop = min(start + height, rows)
-            block = self._replace(attention=row_block(self.attention, start, stop), lse=self.lse[:, :, start:stop])
-            where = slice(start // cell, -(-stop // cell))
-            if self.reduce == "key_sum":
-                yield block, ()
-            elif self.reduce == "head_mean":
-                yield block, (slice(None), where)
-            else:
-                yield block, (slice(None), slice(None), where)
+    The sum of ``share`` times the block's result, at ``where`` in the whole, over all blocks is the call's result.
+    """
+
+    call: WeightsCall
+    where: tuple[slice, ...]
+    share: float
 
 
 # The fields that gradients flow to, in the order in which attention_weights_backward returns them; lse follows.
@@ -98,8 +84,73 @@ def empty_result(call: WeightsCall) -> tuple[Tensor, Tensor]:
     return call.attention.query.new_empty(shape), call.lse.new_empty(indices, dtype=torch.int64)
 
 
+def blocks(call: WeightsCall, elements: int) -> Iterator[WeightsBlock]:
+    """Yields the blocks of a call that is not empty, of about ``elements`` weights each; their tensors are views."""
+    attention = call.attention
+    batch, _, rows, columns = attention.shape
+    if attention.dropout_state is not None:
+        # Dropout counts by position, so that a block would draw other numbers.
+        yield WeightsBlock(call, (), 1.0)
+        return
+    heads, group = attention.key.shape[1], attention.group_size
+    # Whole heads before rows: the keys are read again for each block of rows.
+    num_batch = _clamp(elements // (heads * group * rows * columns), batch)
+    num_heads = heads if call.reduce == "head_mean" else _clamp(elements // (num_batch * group * rows * columns), heads)
+    num_rows = _clamp(elements // (num_batch * num_heads * group * columns), rows)
+    # A block is whole cells, or a part of one row of cells.
+    cell = min(call.pool_size, rows) if call.reduce == "pooled" else 1
+    num_rows = max(num_rows // cell * cell, min(num_rows, cell))
+    for b in _slices(batch, num_batch):
+        for h in _slices(heads, num_heads):
+            heads_q = slice(h.start * group, h.stop * group)
+            part = _batch_and_heads(attention, b, h, heads_q)
+            for band in _slices(rows, max(cell, num_rows)):
+                for r in _slices(band.stop - band.start, num_rows):
+                    start, stop = band.start + r.start, band.start + r.stop
+                    yield WeightsBlock(
+                        call._replace(attention=row_block(part, start, stop), lse=call.lse[b, heads_q, start:stop]),
+                        _result_rows(call.reduce, b, heads_q, slice(start // cell, -(-stop // cell))),
+                        (stop - start) / (band.stop - band.start) if num_rows < cell else 1.0,
+                    )
+
+
+def _result_rows(reduce: str, batch: slice, heads: slice, rows: slice) -> tuple[slice, ...]:
+    if reduce == "key_sum":
+        return batch, heads
+    return (batch, rows) if reduce == "head_mean" else (batch, heads, rows)
+
+
+def _clamp(count: int, most: int) -> int:
+    return max(1, min(count, most))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _batch_and_heads(call: AttentionCall, batch: slice, heads_kv: slice, heads_q: slice) -> AttentionCall:
+    def broadcast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[batch if tensor.shape[0] > 1 else slice(None), heads_q if tensor.shape[1] > 1 else slice(None)]
+
+    relative = call.relative_bias
+    return call._replace(
+        query=call.query[batch, heads_q],
+        key=call.key[batch, heads_kv],
+        value=call.value[batch, heads_kv],
+        bias=broadcast(call.bias),
+        relative_bias=relative if relative is None or relative.shape[0] == 1 else relative[heads_q],
+        sinks=None if call.sinks is None else call.sinks[heads_q],
+        dense_mask=broadcast(call.dense_mask),
+        key_lengths=None if call.key_lengths is None else call.key_lengths[batch],
+        segments_q=None if call.segments_q is None else call.segments_q[batch],
+        segments_k=None if call.segments_k is None else call.segments_k[batch],
+    )
+
+
 def row_block(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Returns the call of the queries ``start:stop`` alone; every tensor stays a view where it can."""
+    """Returns the call of the queries ``start:stop`` alone; every tensor is a view."""
     _, _, seq_len_q, seq_len_k = call.shape
 
     def rows(tensor: Tensor | None) -> Tensor | None:
@@ -111,10 +162,8 @@ def row_block(call: AttentionCall, start: int, stop: int) -> AttentionCall:
         bias=rows(call.bias),
         dense_mask=rows(call.dense_mask),
         # Entry j - i + seq_len_q - 1 belongs to (i, j), and row i is now row i - start of stop - start.
-        relative_bias=None
-        if relative is None
-        else relative[:, seq_len_q - stop : seq_len_q - start + seq_len_k - 1].contiguous(),
-        segments_q=None if segments is None else segments[:, start:stop].contiguous(),
+        relative_bias=None if relative is None else relative[:, seq_len_q - stop : seq_len_q - start + seq_len_k - 1],
+        segments_q=None if segments is None else segments[:, start:stop],
         diag_lo=call.diag_lo + start,
         diag_hi=call.diag_hi + start,
     )
@@ -131,7 +180,12 @@ def select_rows(call: AttentionCall, rows: Selection) -> AttentionCall:
     _, _, seq_len_q, seq_len_k = call.shape
     index = _indices("rows", rows, seq_len_q)
     if index == list(range(index[0], index[-1] + 1)):
-        return row_block(call, index[0], index[-1] + 1)
+        block = row_block(call, index[0], index[-1] + 1)
+        # Kernels read these two without strides.
+        return block._replace(
+            relative_bias=None if block.relative_bias is None else block.relative_bias.contiguous(),
+            segments_q=None if block.segments_q is None else block.segments_q.contiguous(),
+        )
     # Scattered rows no longer lie along a diagonal: what depended on j - i is written out for them.
     device = call.query.device
     at = torch.tensor(index, device=device)
