@@ -72,6 +72,14 @@ excess(lambda: [
 """,
         10e6,  # tiles
     ),
+    "weights-gradients-4096": (
+        """
+query, key, _ = make(4096, 32)
+weights = lambda: fastattn.attention_weights(query, key, mask=Causal(), reduce="entropy")
+excess(lambda: torch.autograd.grad(weights(), (query, key), torch.ones(1, 8, 4096)))
+""",
+        100e6,  # some fifteen blocks of 2 MB, twice that where the heap is fragmented, and attention's own
+    ),
 }
 
 ALLOCATORS = {"maps": "glibc.malloc.mmap_threshold=65536", "heap": "glibc.malloc.mmap_threshold=33554432"}

@@ -14,6 +14,7 @@ from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
 from fastattn.ops.attention import CALL_SCHEMA, attend
 from fastattn.reference import attention_weights as formula
+from fastattn.reference.attention import LONGEST_SUM
 from fastattn.spec.attention import AttentionCall, attention_call, lse_dtype
 from fastattn.spec.attention_weights import (
     DIFFERENTIABLE,
@@ -159,9 +160,9 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
         for t, w in zip(tensors, wanted, strict=True)
     ]
     if 0 not in call.attention.shape:
-        for block, target in zip(
-            blocks(call, _BLOCK_ELEMENTS), blocks(_with_inputs(call, sums), _BLOCK_ELEMENTS), strict=True
-        ):
+        # A product's sums over queries must be short too, for the same bits at any number of threads.
+        calls, targets = (blocks(c, _BLOCK_ELEMENTS, LONGEST_SUM) for c in (call, _with_inputs(call, sums)))
+        for block, target in zip(calls, targets, strict=True):
             leaves = [
                 t.detach().to(lse_dtype(t.dtype)).requires_grad_() if t is not None and w else t
                 for t, w in zip(_inputs(block.call), wanted, strict=True)

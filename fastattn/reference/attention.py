@@ -13,6 +13,9 @@ from fastattn import masks
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.attention import AttentionCall, kept_lse_dtype, lse_dtype
 
+# Most terms of a sum that one matrix product takes, where the number of threads must not show.
+LONGEST_SUM = 512
+
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a canonical call.
@@ -41,7 +44,7 @@ def scores(call: AttentionCall) -> tuple[Tensor, Tensor]:
     query = call.query.to(dtype)
     key = _visible_rows(call.key, call, allowed)
     if _all_finite(query) and _all_finite(key):
-        s = query @ key.transpose(-1, -2)
+        s = _product(query, key)
     else:
         # As in attention(), but for the gradients: a masked score's gradient of 0 must not meet a NaN.
         pair = allowed[..., None]
@@ -54,6 +57,14 @@ def scores(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.relative_bias is not None:
         s = s + _relative(call).to(dtype)
     return torch.where(allowed, s, float("-inf")), allowed
+
+
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """Returns ``query @ key^T``."""
+    # The gradient of the queries is a sum over all keys, which PyTorch cuts up by the number of threads: short sums it
+    # does not, and those of the pieces are added up in one order.
+    pieces = [query @ piece.transpose(-1, -2) for piece in key.split(LONGEST_SUM, dim=2)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def _weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +128,7 @@ def _all_finite(tensor: Tensor) -> bool:
 def _relative(call: AttentionCall) -> Tensor:
     assert call.relative_bias is not None
     _, _, seq_len_q, seq_len_k = call.shape
-    device = call.query.device
-    i = torch.arange(seq_len_q, device=device)[:, None]
-    j = torch.arange(seq_len_k, device=device)[None, :]
-    return call.relative_bias[:, j - i + seq_len_q - 1][None]
+    if seq_len_q == 0:
+        return call.relative_bias.new_empty((1, call.relative_bias.shape[0], 0, seq_len_k))
+    # Row i is entries seq_len_q - 1 - i and after: windows, because the gradient of indexing is added up in any order.
+    return call.relative_bias.unfold(1, seq_len_k, 1).flip(1)[None]

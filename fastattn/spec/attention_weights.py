@@ -84,8 +84,14 @@ def empty_result(call: WeightsCall) -> tuple[Tensor, Tensor]:
     return call.attention.query.new_empty(shape), call.lse.new_empty(indices, dtype=torch.int64)
 
 
-def blocks(call: WeightsCall, elements: int) -> Iterator[WeightsBlock]:
-    """Yields the blocks of a call that is not empty, of about ``elements`` weights each; their tensors are views."""
+def blocks(call: WeightsCall, elements: int, most_rows: int | None = None) -> Iterator[WeightsBlock]:
+    """Yields the blocks of a call that is not empty; their tensors are views.
+
+    Args:
+        call: the call.
+        elements: about how many weights a block may have.
+        most_rows: how many queries it may have.
+    """
     attention = call.attention
     batch, _, rows, columns = attention.shape
     if attention.dropout_state is not None:
@@ -93,10 +99,11 @@ def blocks(call: WeightsCall, elements: int) -> Iterator[WeightsBlock]:
         yield WeightsBlock(call, (), 1.0)
         return
     heads, group = attention.key.shape[1], attention.group_size
-    # Whole heads before rows: the keys are read again for each block of rows.
-    num_batch = _clamp(elements // (heads * group * rows * columns), batch)
-    num_heads = heads if call.reduce == "head_mean" else _clamp(elements // (num_batch * group * rows * columns), heads)
-    num_rows = _clamp(elements // (num_batch * num_heads * group * columns), rows)
+    # As many rows as possible before other heads: the keys are read again for each block of rows.
+    num_rows = _clamp(elements // (group * columns), min(rows, most_rows or rows))
+    num_heads = heads if call.reduce == "head_mean" else _clamp(elements // (group * num_rows * columns), heads)
+    num_rows = _clamp(elements // (num_heads * group * columns), num_rows)
+    num_batch = _clamp(elements // (num_heads * group * num_rows * columns), batch)
     # A block is whole cells, or a part of one row of cells.
     cell = min(call.pool_size, rows) if call.reduce == "pooled" else 1
     num_rows = max(num_rows // cell * cell, min(num_rows, cell))
