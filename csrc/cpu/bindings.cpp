@@ -14,7 +14,7 @@
 #include "attention_weights.h"
 #include "attention_weights_reduced.h"
 #include "dropout_mask.h"
-#include "feed_forward.h"
+#include "feed_forward_backward.h"
 #include "isa.h"
 #include "lines.h"
 #include "norm.h"
@@ -468,6 +468,26 @@ void register_feed_forward(py::module_& m) {
         FASTATTN_DISPATCH(feed_forward, args);
       },
       "Writes out [tokens, out_dim] of a spec.FeedForwardCall with input [tokens, model_dim], not float64.");
+  m.def(
+      "feed_forward_backward",
+      [](const py::tuple& call, py::handle dout, py::handle dinput, py::handle dweight_in, py::handle dbias_in,
+         py::handle dweight_gate, py::handle dbias_gate, py::handle dweight_out, py::handle dbias_out) {
+        FeedForwardBackwardArgs args;
+        args.problem = read_feed_forward(call);
+        const FeedForwardProblem& p = args.problem;
+        args.dout = read_matrix(dout, p.tokens, p.out_dim, p.dtype);
+        args.dinput = read_matrix(dinput, p.tokens, p.model_dim, p.dtype);
+        args.dweight_in = read_matrix(dweight_in, p.ff_dim, p.model_dim, p.dtype);
+        args.dbias_in = read_vector(dbias_in, p.ff_dim, p.dtype);
+        args.dweight_gate = read_matrix(dweight_gate, p.ff_dim, p.model_dim, p.dtype);
+        args.dbias_gate = read_vector(dbias_gate, p.ff_dim, p.dtype);
+        args.dweight_out = read_matrix(dweight_out, p.out_dim, p.ff_dim, p.dtype);
+        args.dbias_out = read_vector(dbias_out, p.out_dim, p.dtype);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH_AMX(feed_forward_backward, args);
+      },
+      "Writes the gradients of a spec.FeedForwardCall with input [tokens, model_dim], not float64; None for one that "
+      "is not wanted.");
 }
 
 }  // namespace

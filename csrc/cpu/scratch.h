@@ -28,6 +28,8 @@ class Carver {
     next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return piece;
   }
+  // Where the next piece will stand: what has been handed out ends there.
+  char* next() const { return next_; }
 
  private:
   char* next_;

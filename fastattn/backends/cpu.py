@@ -71,7 +71,15 @@ class CpuBackend(Backend):
         return out
 
     def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        return blocked.feed_forward_backward(call, dout, needed)
+        if uses_torch_products(cpu_flags(), call.input.dtype):
+            return blocked.feed_forward_backward(call, dout, needed)
+        grads = [
+            t.new_empty(t.shape) if need and t is not None else None
+            for t, need in zip((getattr(call, f) for f in feed_forward_spec.DIFFERENTIABLE), needed, strict=True)
+        ]
+        dinput = None if grads[0] is None else grads[0].view(call.num_tokens, -1)
+        kernels().feed_forward_backward(_rows_contiguous(call), _matrix(dout, dout.shape[-1]), dinput, *grads[1:])
+        return grads
 
     def linear_cross_entropy(self, call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
         return blocked.linear_cross_entropy(call, product_dtype(cpu_flags(), call.hidden.dtype))
