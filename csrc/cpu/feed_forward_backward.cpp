@@ -6,7 +6,10 @@ namespace {
 
 class PanelEngine {
  public:
-  static constexpr int64_t kUnits = 128, kAlign = FloatVec::kWidth, kAlignRows = 1;
+  static constexpr int64_t kUnits = 128, kRows = 1, kColumns = kPanelWidth<float>, kBytes = sizeof(float);
+  // Summed at once in registers: 128 rows of a panel (32 KiB) stay in the first-level cache while all rows of the left
+  // operand pass.
+  static constexpr int64_t kDepth = 128;
 
   struct Left {
     float* data;
@@ -16,6 +19,7 @@ class PanelEngine {
   struct Right {
     float* data;
     int64_t panel;  // from panel to panel
+    Right at(int64_t, int64_t k) const { return {data + k * kColumns, panel}; }
   };
 
   static Left take_left(Carver& carver, int64_t rows, int64_t depth) {
@@ -51,22 +55,24 @@ class PanelEngine {
     return true;
   }
 
-  static void product(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Right& right, float* to,
-                      int64_t to_stride, bool start) {
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const bool overwrite = start && k == 0;
-      multiply<float>(rows, columns, min(kDepth, depth - k), left.data + k * left.column, left.row, left.column,
-                      right.data + k * kPanelWidth<float>, right.panel, [&](int64_t i, int64_t n, FloatVec value) {
-                        float* p = to + i * to_stride + n;
-                        store(p, overwrite ? value : load(p) + value);
-                      });
+  template <typename Result>
+  static void product(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Right& right,
+                      const Result& to, bool start) {
+    for (int64_t n = 0; n < columns; n += kColumns) {
+      float* block = to.at(0, n).data;
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const bool overwrite = start && k == 0;
+        multiply<float>(rows, min(kColumns, columns - n), min(kDepth, depth - k), left.data + k * left.column, left.row,
+                        left.column, right.data + n / kColumns * right.panel + k * kColumns, right.panel,
+                        [&](int64_t i, int64_t j, FloatVec value) {
+                          float* p = block + i * to.row + j;
+                          store(p, overwrite ? value : load(p) + value);
+                        });
+      }
     }
   }
 
  private:
-  // Summed at once in registers: 128 rows of a panel (32 KiB) stay in the first-level cache while all rows of the left
-  // operand pass. Blocks of tokens and groups of units are multiples of it, so that no choice of them changes a bit.
-  static constexpr int64_t kDepth = 128;
   static constexpr int64_t kPad = 16;  // rows a power of two apart would share few sets of the caches
 };
 

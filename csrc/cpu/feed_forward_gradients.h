@@ -11,12 +11,15 @@
 // group.
 //
 // An Engine has
-//   kUnits               hidden units that are taken at once, a multiple of 64
-//   kAlign               what the rows and columns of a result are rounded up to in memory
-//   Left, Right          operands of left * right, with `at(row, depth)` and `at(depth)`: where a part begins
-//   take_left, take_right, transposed    their memory; that of the transpose, in the same place
+//   kUnits          a group is a multiple of so many hidden units
+//   kDepth          blocks of tokens of any multiple of it give the same bits
+//   kRows, kColumns what results are rounded up to in memory; their columns come in blocks of kColumns
+//   kBytes          of an element of a packed operand
+//   Left, Right     packed operands of left * right; at(row or column, depth) is a part, from multiples of kRows on
+//   take_left, take_right, transposed    their memory; that of a left operand's transpose, in the same place
 //   pack_left, pack_left_transposed, pack_right, pack_right_transposed    from rows of any storage type
-//   product(rows, columns, depth, left, right, to, to_stride, start)      to (+)= left * right, in float32
+//   product(rows, columns, depth, left, right, to, start)    to = left * right, or += unless it is the start
+// and its pack_* return false where what they met cannot be packed exactly.
 #pragma once
 
 #include "activation.h"
@@ -28,163 +31,156 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// A product in float32: element (i, j) stands at data[j / kColumns * block + i * row + j % kColumns].
+template <int64_t kColumns>
+struct ProductResult {
+  float* data;
+  int64_t row, block;
+  ProductResult at(int64_t i, int64_t j) const {
+    return {data + j / kColumns * block + i * row + j % kColumns, row, block};
+  }
+};
+
+// Adds up vectors of float in double: a gradient of a bias is one long sum, of which PyTorch too loses next to nothing.
+class DoubleSum {
+ public:
+  void add(const float* x) {
+    low_ = low_ + to_double(x);
+    high_ = high_ + to_double(x + DoubleVec::kWidth);
+  }
+  void load_from(const double* from) {
+    low_ = load(from);
+    high_ = load(from + DoubleVec::kWidth);
+  }
+  void store_to(double* to) const {
+    store(to, low_);
+    store(to + DoubleVec::kWidth, high_);
+  }
+
+ private:
+  static_assert(FloatVec::kWidth == 2 * DoubleVec::kWidth);
+  DoubleVec low_ = DoubleVec::zero(), high_ = DoubleVec::zero();
+};
+
 template <typename T, typename Engine>
 class FeedForwardGradients {
  public:
   explicit FeedForwardGradients(const FeedForwardBackwardArgs& args) : args_(args), p_(args.problem) {
     gated_ = p_.weight_gate.data != nullptr;
-    wants_dbefore_ = args.dinput.data != nullptr || args.dweight_in.data != nullptr || args.dbias_in != nullptr;
-    wants_dgate_ =
-        gated_ && (args.dinput.data != nullptr || args.dweight_gate.data != nullptr || args.dbias_gate != nullptr);
+    wants_dx_ = args.dinput.data != nullptr;
+    wants_dhidden_ = wants_dx_ || args.dweight_in.data != nullptr || args.dbias_in != nullptr ||
+                     args.dweight_gate.data != nullptr || args.dbias_gate != nullptr;
+    const int64_t threads = max_threads();
+    const int64_t fit = kCacheBytes / (Engine::kBytes * max(p_.model_dim, p_.out_dim));
+    // Tasks follow each other a part of a block apart: many threads want many blocks.
+    const int64_t split = threads > 1 ? p_.tokens / (2 * threads) : kMostTokens;
+    const int64_t most = max(min(min(fit, split), kMostTokens) / kDepth, 1) * kDepth;
+    blocks_ = ceil_div(p_.tokens, most);
+    block_ = blocks_ == 1 ? round_up(p_.tokens, kRows) : round_up(ceil_div(p_.tokens, blocks_), kDepth);
+    blocks_ = ceil_div(p_.tokens, block_);
     subblocks_ = ceil_div(p_.ff_dim, kUnits);
-    const int64_t fit = kBlockBytes / (static_cast<int64_t>(sizeof(float)) * (p_.model_dim + p_.out_dim));
-    block_ = min(max(fit / kLeast * kLeast, kLeast), kMostTokens);
-    blocks_ = ceil_div(p_.tokens, block_);
-    block_ = round_up(ceil_div(p_.tokens, blocks_), 64);  // of equal size
-    blocks_ = ceil_div(p_.tokens, block_);
-    x_stride_ = round_up(p_.model_dim, kAlign);
-    out_stride_ = round_up(p_.out_dim, kAlign);
   }
 
   // Returns whether the Engine could pack all there was to multiply; if not, the gradients are void.
   bool run() {
     if (args_.dbias_out != nullptr) sum_dout();
-    if (!wants_dbefore_ && !wants_dgate_ && args_.dweight_out.data == nullptr) return true;
-    const int64_t threads = max_threads();
-    const int64_t more = task_bytes(2) - task_bytes(1);
-    const int64_t fit = min(kMostGroup, max((kTaskBytes - task_bytes(1)) / more + 1, 2));
+    if (!wants_dhidden_ && args_.dweight_out.data == nullptr) return true;
+    const int64_t threads = max_threads(), one = task_bytes(1), more = task_bytes(2) - one;
+    // What is packed for a single block of tokens gains nothing from company that drives it out of the cache.
+    const int64_t fit = blocks_ == 1 ? (kCacheBytes - one) / more + 1 : max((kTaskBytes - one) / more + 1, 2);
     // As many tasks as threads, or a multiple of it.
-    int64_t tasks = ceil_div(subblocks_, fit);
+    int64_t tasks = ceil_div(subblocks_, max(min(fit, kMostUnits / kUnits), 1));
     tasks = subblocks_ >= threads ? min(round_up(tasks, threads), subblocks_) : subblocks_;
     const int64_t group = ceil_div(subblocks_, tasks);
 
     // dx is added up where it is to stand if that is float32 and whole tiles fit.
-    const bool in_place =
-        sizeof(T) == sizeof(float) && p_.model_dim % kAlign == 0 && p_.tokens % Engine::kAlignRows == 0;
-    const bool owns_dx = args_.dinput.data != nullptr && !in_place;
-    const int64_t dx_size = owns_dx ? blocks_ * block_ * x_stride_ : 0;
-    Carver shared(scratch(Scratch::kShared, static_cast<size_t>(dx_size) * sizeof(float) +
-                                                static_cast<size_t>(blocks_) * sizeof(int32_t) + 2 * 64));
+    owns_dx_ = wants_dx_ && (sizeof(T) < sizeof(float) || p_.model_dim % kColumns != 0 || p_.tokens % kRows != 0);
+    const int64_t dx_row = round_up(p_.model_dim, kColumns);
+    const int64_t dx_size = owns_dx_ ? round_up(p_.tokens, kRows) * dx_row : 0;
+    const size_t bytes = static_cast<size_t>(dx_size) * sizeof(float) + static_cast<size_t>(blocks_) * sizeof(int32_t);
+    Carver shared(scratch(Scratch::kShared, bytes + 2 * 64));
     turn_ = shared.take<int32_t>(blocks_);
     for (int64_t block = 0; block < blocks_; ++block) turn_[block] = 0;
-    dx_ = owns_dx ? shared.take<float>(dx_size) : static_cast<float*>(args_.dinput.data);
-    dx_stride_ = owns_dx ? x_stride_ : args_.dinput.row_stride;
-    owns_dx_ = owns_dx;
+    dx_ = {owns_dx_ ? shared.take<float>(dx_size) : static_cast<float*>(args_.dinput.data),
+           owns_dx_ ? dx_row : args_.dinput.row_stride, kColumns};
 
     const double work = static_cast<double>(p_.tokens) * static_cast<double>(p_.ff_dim) *
                         static_cast<double>(p_.model_dim + p_.out_dim);
-    parallel_in_order(
-        tasks, work, [&] { return carve(scratch(Scratch::kThread, static_cast<size_t>(task_bytes(group))), group); },
-        [&](const Task& task, int64_t index) {
-          run_task(task, index * subblocks_ / tasks, (index + 1) * subblocks_ / tasks, index, index == tasks - 1);
-        });
+    const auto prepare = [&] {
+      Carver carver(scratch(Scratch::kThread, static_cast<size_t>(task_bytes(group))));
+      return carve(carver, group);
+    };
+    parallel_in_order(tasks, work, prepare, [&](const Task& task, int64_t index) {
+      run_task(task, index * subblocks_ / tasks, (index + 1) * subblocks_ / tasks, index, index == tasks - 1);
+    });
     return packed_;
   }
 
  private:
   using Left = typename Engine::Left;
   using Right = typename Engine::Right;
-  static constexpr int64_t kUnits = Engine::kUnits, kAlign = Engine::kAlign;
-  static constexpr int64_t kLeast = 128, kMostTokens = 256;  // tokens of a block, multiples of the products' depth
-  static constexpr int64_t kBlockBytes = int64_t{1} << 20;   // of a block's input and dout: half a second-level cache
-  static constexpr int64_t kMostGroup = 512 / kUnits;        // units of a task: a block of tokens is packed for each
-  static constexpr uintptr_t kAlignment = 64;
+  using Result = ProductResult<Engine::kColumns>;
+  static constexpr int64_t kUnits = Engine::kUnits, kColumns = Engine::kColumns, kRows = Engine::kRows;
+  static constexpr int64_t kDepth = Engine::kDepth;
+  static constexpr int64_t kMostTokens = 512;                 // of a block
+  static constexpr int64_t kMostUnits = 512;                  // of a group: every one packs all tokens
+  static constexpr int64_t kCacheBytes = int64_t{768} << 10;  // a good part of a second-level cache
   static constexpr int64_t kTaskBytes = int64_t{16} << 20;
 
-  // What belongs to kUnits hidden units of a task.
-  struct Units {
-    Right in_t, gate_t, out;                             // W_in^T, W_gate^T and W_out
-    float *dweight_in_t, *dweight_gate_t, *dweight_out;  // [model_dim or out_dim, kUnits]
-    float *dbias_in, *dbias_gate;                        // [2, kUnits]: sums, and what they lost by rounding
-  };
-  // Adds up a vector for each token as exactly as PyTorch does: sums of a few, then their compensated sum (Kahan,
-  // "Further remarks on reducing truncation errors", 1965).
-  class Sum {
-   public:
-    Sum(float* at, bool start) : at_(at) {
-      if (at == nullptr) return;
-      total_ = start ? FloatVec::zero() : load(at);
-      lost_ = start ? FloatVec::zero() : load(at + kUnits);
-    }
-    void add(FloatVec x, int64_t index) {
-      few_ = few_ + x;
-      if (index % kFew == kFew - 1) pass_on();
-    }
-    void finish() {
-      pass_on();
-      store(at_, total_);
-      store(at_ + kUnits, lost_);
-    }
-    FloatVec total() {
-      pass_on();
-      return total_;
-    }
-
-   private:
-    static constexpr int64_t kFew = 16;
-    void pass_on() {
-      const FloatVec x = few_ - lost_, sum = total_ + x, lost = (sum - total_) - x;
-      lost_ = select(eq(lost, lost), lost, FloatVec::zero());  // Inf - Inf
-      total_ = sum;
-      few_ = FloatVec::zero();
-    }
-    float* at_;
-    FloatVec few_ = FloatVec::zero(), total_ = FloatVec::zero(), lost_ = FloatVec::zero();
-  };
+  // What one thread needs for a task: packed operands, and sums in float32.
   struct Task {
-    Units units[kMostGroup];
-    Right in, gate;                      // W_in and W_gate of the whole group
-    Left x, x_t, dout, dout_t;           // of a block of tokens, each pair in the same memory
-    Left dbefore, dgate;                 // [block, group]
-    Right right;                         // hidden, dbefore or dgate: [block, kUnits]
-    float *before, *gate_sum, *dhidden;  // [group / kUnits][block, kUnits]
-    uint64_t* keep;                      // [block, kUnits / 64]
+    int64_t group;                        // hidden units there is room for
+    Right in_t, gate_t, out;              // W_in^T, W_gate^T and W_out of the group
+    Right in;                             // W_in and W_gate, joined: [joined(group), model_dim]
+    Left x, x_t, dout, dout_t;            // of a block of tokens, each pair in the same memory
+    Left dbefore;                         // dbefore and dgate, joined: [block, joined(group)]
+    Right right;                          // hidden, dbefore or dgate of kUnits: [block, kUnits]
+    Result before, gate_sum, dhidden;     // [block, group]; later hidden, dgate and dbefore
+    Result dweight_in_t, dweight_gate_t;  // [model_dim, group]
+    Result dweight_out;                   // [out_dim, group]
+    double *dbias_in, *dbias_gate;        // [group]
+    uint64_t* keep;                       // [block]: of 64 units, those that dropout spares
   };
 
-  bool wants_dhidden() const { return wants_dbefore_ || wants_dgate_; }
-
-  Task carve(void* memory, int64_t group) const {
-    Carver carver(memory);
-    return lay_out(carver, group);
-  }
-  int64_t task_bytes(int64_t group) const {
-    char* const nowhere = reinterpret_cast<char*>(kAlignment);  // measured, never touched
-    Carver carver(nowhere);
-    lay_out(carver, group);
-    return carver.next() - nowhere;
-  }
-  Task lay_out(Carver& carver, int64_t group) const {
+  Task carve(Carver& carver, int64_t subblocks) const {
     Task task;
+    const int64_t group = subblocks * kUnits;
     const auto floats = [&](int64_t count) { return carver.template take<float>(count); };
-    for (int64_t g = 0; g < group; ++g) {
-      Units& units = task.units[g];
-      units.in_t = Engine::take_right(carver, p_.model_dim, kUnits);
-      units.out = Engine::take_right(carver, p_.out_dim, kUnits);
-      units.dweight_in_t = floats(x_stride_ * kUnits);
-      units.dweight_out = floats(out_stride_ * kUnits);
-      units.dbias_in = floats(2 * kUnits);
-      if (gated_) {
-        units.gate_t = Engine::take_right(carver, p_.model_dim, kUnits);
-        units.dweight_gate_t = floats(x_stride_ * kUnits);
-        units.dbias_gate = floats(2 * kUnits);
-      }
-    }
-    task.in = Engine::take_right(carver, group * kUnits, p_.model_dim);
+    const auto by_rows = [&] { return Result{floats(block_ * group), group, kColumns}; };
+    // A block of columns after the other, so that they are read and written from first to last.
+    const auto by_columns = [&](int64_t n) {
+      const int64_t rows = round_up(n, max(kRows, FloatVec::kWidth));
+      return Result{floats(rows * group), kColumns, rows * kColumns};
+    };
+    task.group = group;
+    task.in_t = Engine::take_right(carver, p_.model_dim, group);
+    task.out = Engine::take_right(carver, p_.out_dim, group);
+    task.in = Engine::take_right(carver, joined(group), p_.model_dim);
     task.x = Engine::take_left(carver, block_, p_.model_dim);
     task.x_t = Engine::transposed(task.x, block_);
     task.dout = Engine::take_left(carver, block_, p_.out_dim);
     task.dout_t = Engine::transposed(task.dout, block_);
-    task.dbefore = Engine::take_left(carver, block_, group * kUnits);
+    task.dbefore = Engine::take_left(carver, block_, joined(group));
     task.right = Engine::take_right(carver, block_, kUnits);
-    task.before = floats(block_ * group * kUnits);
-    task.dhidden = floats(block_ * group * kUnits);
+    task.before = by_rows();
+    task.dhidden = by_rows();
+    task.dweight_in_t = by_columns(p_.model_dim);
+    task.dweight_out = by_columns(p_.out_dim);
+    task.dbias_in = carver.template take<double>(group);
+    task.keep = carver.template take<uint64_t>(block_);
     if (gated_) {
-      task.gate = Engine::take_right(carver, group * kUnits, p_.model_dim);
-      task.dgate = Engine::take_left(carver, block_, group * kUnits);
-      task.gate_sum = floats(block_ * group * kUnits);
+      task.gate_t = Engine::take_right(carver, p_.model_dim, group);
+      task.gate_sum = by_rows();
+      task.dweight_gate_t = by_columns(p_.model_dim);
+      task.dbias_gate = carver.template take<double>(group);
     }
-    task.keep = carver.template take<uint64_t>(block_ * kUnits / 64);
     return task;
+  }
+  int64_t task_bytes(int64_t subblocks) const {
+    char* const nowhere = reinterpret_cast<char*>(uintptr_t{64});  // measured, never touched
+    Carver carver(nowhere);
+    carve(carver, subblocks);
+    return carver.next() - nowhere;
   }
 
   // The hidden units of sub-blocks [begin, end) against all tokens.
@@ -194,18 +190,25 @@ class FeedForwardGradients {
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t token = block * block_, tokens = min(block_, p_.tokens - token);
       differentiate(task, first, units, token, tokens);
-      if (args_.dinput.data != nullptr) {
+      if (wants_dx_) {
         // All else needs no order: threads meet here alone.
         wait_for_turn(turn_ + block, turn);
-        add_dx(task, token, tokens, units, turn == 0);
+        const Result dx = dx_.at(token, 0);
+        Engine::product(tokens, p_.model_dim, joined(units), task.dbefore, task.in, dx, turn == 0);
         if (last && owns_dx_) write_dx(token, tokens);
         pass_turn(turn_ + block);
       }
     }
-    for (int64_t f = 0; f < units; f += kUnits) {
-      write_weights(task.units[f / kUnits], first + f, min(kUnits, units - f));
-    }
+    write_weights(task, first, units);
   }
+
+  // Where a gate's kUnits follow those of W_in, so that a sum over both has one order however many units a task has:
+  // how far the first `units` of the joined dimension reach, and where the gates of the units from f on begin.
+  int64_t joined(int64_t units) const {
+    const int64_t rest = units % kUnits;
+    return gated_ ? 2 * (units - rest) + round_up(rest, kRows) + rest : units;
+  }
+  int64_t joined_gate(int64_t f, int64_t units) const { return 2 * f + round_up(min(kUnits, units - f), kRows); }
 
   void note(bool packed) const {
     if (!packed) __atomic_store_n(&packed_, false, __ATOMIC_RELAXED);
@@ -216,206 +219,195 @@ class FeedForwardGradients {
   }
 
   void pack_weights(const Task& task, int64_t first, int64_t units) const {
-    const auto pack_t = [&](const Right& to, const Matrix& weight, int64_t f, int64_t count) {
-      note(Engine::pack_right_transposed(to, at(weight, f, 0), weight.row_stride, p_.model_dim, count));
+    const auto pack_transposed = [&](const Matrix& weight, const Right& to) {
+      note(Engine::pack_right_transposed(to, at(weight, first, 0), weight.row_stride, p_.model_dim, units));
     };
-    for (int64_t f = 0; f < units; f += kUnits) {
-      const Units& to = task.units[f / kUnits];
-      const int64_t count = min(kUnits, units - f);
-      pack_t(to.in_t, p_.weight_in, first + f, count);
-      if (gated_) pack_t(to.gate_t, p_.weight_gate, first + f, count);
-      if (wants_dhidden()) {
-        note(Engine::pack_right(to.out, at(p_.weight_out, 0, first + f), p_.weight_out.row_stride, p_.out_dim, count));
-      }
+    pack_transposed(p_.weight_in, task.in_t);
+    if (gated_) pack_transposed(p_.weight_gate, task.gate_t);
+    for (int64_t f = 0; wants_dx_ && f < units; f += kUnits) {
+      const auto pack = [&](const Matrix& weight, int64_t depth) {
+        const T* from = at(weight, first + f, 0);
+        note(Engine::pack_right(task.in.at(0, depth), from, weight.row_stride, min(kUnits, units - f), p_.model_dim));
+      };
+      pack(p_.weight_in, joined(f));
+      if (gated_) pack(p_.weight_gate, joined_gate(f, units));
     }
-    if (args_.dinput.data == nullptr) return;
-    note(Engine::pack_right(task.in, at(p_.weight_in, first, 0), p_.weight_in.row_stride, units, p_.model_dim));
-    if (gated_) {
-      note(Engine::pack_right(task.gate, at(p_.weight_gate, first, 0), p_.weight_gate.row_stride, units, p_.model_dim));
-    }
+    if (!wants_dhidden_) return;
+    note(Engine::pack_right(task.out, at(p_.weight_out, 0, first), p_.weight_out.row_stride, p_.out_dim, units));
   }
 
-  // Computes what a block of tokens adds to the weights' gradients, and dbefore and dgate. One product after the other
-  // for the whole group: each then finds its block of tokens in the second-level cache.
+  // Computes what a block of tokens adds to the weights' gradients, and dbefore and dgate. One product after the other:
+  // each finds its block of tokens in the second-level cache, while weights and their gradients pass by.
   void differentiate(const Task& task, int64_t first, int64_t units, int64_t token, int64_t tokens) const {
     const T *x = at(p_.input, token, 0), *dout = at(args_.dout, token, 0);
-    const bool start = token == 0;
-    // Calls body(Units, f, count, sums' offset) for each kUnits hidden units.
-    const auto for_each_units = [&](const auto& body) {
-      for (int64_t f = 0; f < units; f += kUnits) body(task.units[f / kUnits], f, min(kUnits, units - f), f * block_);
-    };
     note(Engine::pack_left(task.x, x, p_.input.row_stride, tokens, p_.model_dim));
-    for_each_units([&](const Units& unit, int64_t, int64_t count, int64_t at) {
-      Engine::product(tokens, count, p_.model_dim, task.x, unit.in_t, task.before + at, kUnits, true);
-      if (gated_) Engine::product(tokens, count, p_.model_dim, task.x, unit.gate_t, task.gate_sum + at, kUnits, true);
-    });
-    if (wants_dhidden()) {
-      note(Engine::pack_left(task.dout, dout, args_.dout.row_stride, tokens, p_.out_dim));
-      for_each_units([&](const Units& unit, int64_t, int64_t count, int64_t at) {
-        Engine::product(tokens, count, p_.out_dim, task.dout, unit.out, task.dhidden + at, kUnits, true);
-      });
-    }
-    for_each_units([&](const Units& unit, int64_t f, int64_t count, int64_t at) {
-      visit_activation(p_.activation, [&](auto tag) {
-        constexpr Activation kActivation = decltype(tag)::kValue;
-        gated_ ? apply<kActivation, true>(task, unit, token, tokens, first + f, count, at)
-               : apply<kActivation, false>(task, unit, token, tokens, first + f, count, at);
-      });
-      if (args_.dinput.data != nullptr) {
-        note(Engine::pack_left(task.dbefore.at(0, f), task.dhidden + at, kUnits, tokens, count));
-        if (gated_) note(Engine::pack_left(task.dgate.at(0, f), task.gate_sum + at, kUnits, tokens, count));
-      }
+    Engine::product(tokens, units, p_.model_dim, task.x, task.in_t, task.before, true);
+    if (gated_) Engine::product(tokens, units, p_.model_dim, task.x, task.gate_t, task.gate_sum, true);
+    note(Engine::pack_left(task.dout, dout, args_.dout.row_stride, tokens, p_.out_dim));
+    if (wants_dhidden_) Engine::product(tokens, units, p_.out_dim, task.dout, task.out, task.dhidden, true);
+    visit_activation(p_.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::kValue;
+      gated_ ? apply<kActivation, true>(task, first, units, token, tokens)
+             : apply<kActivation, false>(task, first, units, token, tokens);
     });
     // hidden stands in `before` now, dbefore in `dhidden`, dgate in `gate_sum`.
+    for (int64_t f = 0; wants_dx_ && f < units; f += kUnits) {
+      const auto pack = [&](const Result& from, int64_t depth) {
+        note(Engine::pack_left(task.dbefore.at(0, depth), from.data + f, task.group, tokens, min(kUnits, units - f)));
+      };
+      pack(task.dhidden, joined(f));
+      if (gated_) pack(task.gate_sum, joined_gate(f, units));
+    }
+    // to (+)= left * from, kUnits columns at a time.
+    const auto add = [&](int64_t rows, const Left& left, const Result& from, const Result& to) {
+      for (int64_t f = 0; f < units; f += kUnits) {
+        const int64_t count = min(kUnits, units - f);
+        note(Engine::pack_right(task.right, from.data + f, task.group, tokens, count));
+        Engine::product(rows, count, tokens, left, task.right, to.at(0, f), token == 0);
+      }
+    };
     if (args_.dweight_out.data != nullptr) {
-      if (!wants_dhidden()) note(Engine::pack_left(task.dout, dout, args_.dout.row_stride, tokens, p_.out_dim));
       note(Engine::pack_left_transposed(task.dout_t, dout, args_.dout.row_stride, p_.out_dim, tokens));
-      for_each_units([&](const Units& unit, int64_t, int64_t count, int64_t at) {
-        note(Engine::pack_right(task.right, task.before + at, kUnits, tokens, count));
-        Engine::product(p_.out_dim, count, tokens, task.dout_t, task.right, unit.dweight_out, kUnits, start);
-      });
+      add(p_.out_dim, task.dout_t, task.before, task.dweight_out);
     }
     if (args_.dweight_in.data == nullptr && args_.dweight_gate.data == nullptr) return;
     note(Engine::pack_left_transposed(task.x_t, x, p_.input.row_stride, p_.model_dim, tokens));
-    for_each_units([&](const Units& unit, int64_t, int64_t count, int64_t at) {
-      if (args_.dweight_in.data != nullptr) {
-        note(Engine::pack_right(task.right, task.dhidden + at, kUnits, tokens, count));
-        Engine::product(p_.model_dim, count, tokens, task.x_t, task.right, unit.dweight_in_t, kUnits, start);
-      }
-      if (args_.dweight_gate.data != nullptr) {
-        note(Engine::pack_right(task.right, task.gate_sum + at, kUnits, tokens, count));
-        Engine::product(p_.model_dim, count, tokens, task.x_t, task.right, unit.dweight_gate_t, kUnits, start);
-      }
-    });
+    if (args_.dweight_in.data != nullptr) add(p_.model_dim, task.x_t, task.dhidden, task.dweight_in_t);
+    if (args_.dweight_gate.data != nullptr) add(p_.model_dim, task.x_t, task.gate_sum, task.dweight_gate_t);
   }
 
   // Turns sums into hidden activations and gradients, in place, and adds up the gradients of the biases.
   template <Activation A, bool kGated>
-  void apply(const Task& task, const Units& units, int64_t token, int64_t tokens, int64_t f, int64_t count,
-             int64_t at) const {
-    constexpr int W = FloatVec::kWidth;
+  void apply(const Task& task, int64_t first, int64_t units, int64_t token, int64_t tokens) const {
     const bool drops = p_.dropout.threshold != 0;
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
-    if (drops) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < count; i += 64) {
-          task.keep[t * (kUnits / 64) + i / 64] =
-              dropout_keep_bits(p_.dropout, 0, static_cast<uint64_t>(token + t), static_cast<uint64_t>(f + i));
+    for_each_vec<float>(units, [&](int64_t i, auto n) {
+      if (drops && i % 64 == 0) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          task.keep[t] =
+              dropout_keep_bits(p_.dropout, 0, static_cast<uint64_t>(token + t), static_cast<uint64_t>(first + i));
         }
       }
-    }
-    for (int64_t i = 0; i < count; i += W) {
-      const int n = static_cast<int>(min(W, count - i));
-      const FloatVec bias = bias_at(p_.bias_in, f + i, n), gate_bias = bias_at(p_.bias_gate, f + i, n);
-      Sum dbias(units.dbias_in + i, token == 0), dbias_gate(kGated ? units.dbias_gate + i : nullptr, token == 0);
+      const FloatVec bias = bias_at(p_.bias_in, first + i, n), gate_bias = bias_at(p_.bias_gate, first + i, n);
+      DoubleSum dbias, dbias_gate;
+      if (token != 0) {
+        dbias.load_from(task.dbias_in + i);
+        if constexpr (kGated) dbias_gate.load_from(task.dbias_gate + i);
+      }
       for (int64_t t = 0; t < tokens; ++t) {
-        float *before = task.before + at + t * kUnits + i, *dhidden = task.dhidden + at + t * kUnits + i;
-        FloatVec slope;
+        const int64_t index = t * task.group + i;
+        float *before = task.before.data + index, *dhidden = task.dhidden.data + index;
+        FloatVec slope, gate;
         const FloatVec y = activate<A>(load(before) + bias, &slope);
-        FloatVec hidden = y, d = wants_dhidden() ? load(dhidden) : zero;
-        FloatVec gate;
-        float* gate_sum = nullptr;
+        FloatVec hidden = y, d = wants_dhidden_ ? load(dhidden) : zero;
         if constexpr (kGated) {
-          gate_sum = task.gate_sum + at + t * kUnits + i;
-          gate = load(gate_sum) + gate_bias;
+          gate = load(task.gate_sum.data + index) + gate_bias;
           hidden = y * gate;
         }
         if (drops) {
-          const auto kept = mask_from_bits<float>(task.keep[t * (kUnits / 64) + i / 64] >> (i % 64));
+          const auto kept = mask_from_bits<float>(task.keep[t] >> (i % 64));
           hidden = select(kept, hidden * rescale, zero);
           d = select(kept, d * rescale, zero);
         }
         store(before, hidden);
         if constexpr (kGated) {
           const FloatVec dgate = d * y;
-          dbias_gate.add(dgate, t);
-          store(gate_sum, dgate);
+          store(task.gate_sum.data + index, dgate);
+          dbias_gate.add(task.gate_sum.data + index);
           d = d * gate;
         }
         d = d * slope;
         // A gradient of NaN does not pass where relu is flat.
         if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
-        dbias.add(d, t);
         store(dhidden, d);
+        dbias.add(dhidden);
       }
-      dbias.finish();
-      if constexpr (kGated) dbias_gate.finish();
-    }
+      dbias.store_to(task.dbias_in + i);
+      if constexpr (kGated) dbias_gate.store_to(task.dbias_gate + i);
+    });
   }
 
-  static FloatVec bias_at(const void* bias, int64_t i, int n) {
+  template <typename Count>
+  static FloatVec bias_at(const void* bias, int64_t i, Count n) {
     return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
-  }
-
-  void add_dx(const Task& task, int64_t token, int64_t tokens, int64_t units, bool start) const {
-    float* dx = dx_ + token * dx_stride_;
-    Engine::product(tokens, p_.model_dim, units, task.dbefore, task.in, dx, dx_stride_, start);
-    if (gated_) Engine::product(tokens, p_.model_dim, units, task.dgate, task.gate, dx, dx_stride_, false);
   }
 
   void write_dx(int64_t token, int64_t tokens) const {
     for (int64_t t = token; t < token + tokens; ++t) {
-      T* to = static_cast<T*>(args_.dinput.data) + t * args_.dinput.row_stride;
-      for_each_vec<float>(p_.model_dim, [&](int64_t d, auto n) { store_n(to + d, load(dx_ + t * dx_stride_ + d), n); });
+      round(static_cast<T*>(args_.dinput.data) + t * args_.dinput.row_stride, dx_.at(t, 0), p_.model_dim);
     }
   }
 
-  void write_weights(const Units& units, int64_t f, int64_t count) const {
-    if (args_.dweight_in.data != nullptr) write_transposed(args_.dweight_in, f, count, units.dweight_in_t);
-    if (args_.dweight_gate.data != nullptr) write_transposed(args_.dweight_gate, f, count, units.dweight_gate_t);
+  void write_weights(const Task& task, int64_t first, int64_t units) const {
+    if (args_.dweight_in.data != nullptr) write_transposed(args_.dweight_in, first, units, task.dweight_in_t);
+    if (args_.dweight_gate.data != nullptr) write_transposed(args_.dweight_gate, first, units, task.dweight_gate_t);
     if (args_.dweight_out.data != nullptr) {
       for (int64_t o = 0; o < p_.out_dim; ++o) {
-        T* to = static_cast<T*>(args_.dweight_out.data) + o * args_.dweight_out.row_stride + f;
-        round(to, units.dweight_out + o * kUnits, count);
+        T* to = static_cast<T*>(args_.dweight_out.data) + o * args_.dweight_out.row_stride + first;
+        round(to, task.dweight_out.at(o, 0), units);
       }
     }
-    if (args_.dbias_in != nullptr) round(static_cast<T*>(args_.dbias_in) + f, units.dbias_in, count);
-    if (args_.dbias_gate != nullptr) round(static_cast<T*>(args_.dbias_gate) + f, units.dbias_gate, count);
-  }
-  static void round(T* to, const float* from, int64_t count) {
-    for_each_vec<float>(count, [&](int64_t i, auto n) { store_n(to + i, load(from + i), n); });
+    if (args_.dbias_in != nullptr) write_sums(args_.dbias_in, first, units, task.dbias_in);
+    if (args_.dbias_gate != nullptr) write_sums(args_.dbias_gate, first, units, task.dbias_gate);
   }
 
-  // to[f + i][d] = from[d][i]
-  void write_transposed(const Matrix& to, int64_t f, int64_t count, const float* from) const {
+  static void write_sums(void* to, int64_t first, int64_t count, const double* from) {
+    for_each_vec<float>(count, [&](int64_t i, auto n) {
+      float sums[FloatVec::kWidth];
+      for (int k = 0; k < FloatVec::kWidth; ++k) sums[k] = static_cast<float>(from[i + k]);
+      store_n(static_cast<T*>(to) + first + i, load(sums), n);
+    });
+  }
+
+  // Rounds the first row of a result, once, to its dtype.
+  static void round(T* to, const Result& from, int64_t count) {
+    for_each_vec<float>(count, [&](int64_t i, auto n) { store_n(to + i, load(from.at(0, i).data), n); });
+  }
+
+  // to[first + i][d] = from[d][i]
+  void write_transposed(const Matrix& to, int64_t first, int64_t units, const Result& from) const {
     constexpr int W = FloatVec::kWidth;
-    for (int64_t i = 0; i < count; i += W) {
+    for (int64_t i = 0; i < units; i += W) {
       for (int64_t d = 0; d < p_.model_dim; d += W) {
         const int n = static_cast<int>(min(W, p_.model_dim - d));
         FloatVec square[W];
 #pragma GCC unroll 16
-        for (int k = 0; k < W; ++k) square[k] = load(from + (d + k) * kUnits + i);
+        for (int k = 0; k < W; ++k) square[k] = load(from.at(d + k, i).data);
         transpose<float>(square);
-        T* row = static_cast<T*>(to.data) + (f + i) * to.row_stride + d;
-        for (int k = 0; k < min(W, count - i); ++k) store_n(row + k * to.row_stride, square[k], n);
+        T* row = static_cast<T*>(to.data) + (first + i) * to.row_stride + d;
+        for (int k = 0; k < min(W, units - i); ++k) store_n(row + k * to.row_stride, square[k], n);
       }
     }
   }
 
   void sum_dout() const {
-    constexpr int64_t kColumns = 64;
+    constexpr int64_t kWide = 64;
     const double work = static_cast<double>(p_.tokens) * static_cast<double>(p_.out_dim);
-    parallel_for(ceil_div(p_.out_dim, kColumns), work, [&](int64_t task) {
-      const int64_t column = task * kColumns;
-      for_each_vec<float>(min(kColumns, p_.out_dim - column), [&](int64_t i, auto n) {
-        Sum sum(nullptr, true);
-        for (int64_t t = 0; t < p_.tokens; ++t) sum.add(load_as_n<float>(at(args_.dout, t, column + i), n), t);
-        store_n(static_cast<T*>(args_.dbias_out) + column + i, sum.total(), n);
+    parallel_for(ceil_div(p_.out_dim, kWide), work, [&](int64_t task) {
+      const int64_t column = task * kWide;
+      for_each_vec<float>(min(kWide, p_.out_dim - column), [&](int64_t i, auto n) {
+        DoubleSum sum;
+        for (int64_t t = 0; t < p_.tokens; ++t) {
+          float row[FloatVec::kWidth];
+          store(row, load_as_n<float>(at(args_.dout, t, column + i), n));
+          sum.add(row);
+        }
+        double sums[FloatVec::kWidth];
+        sum.store_to(sums);
+        write_sums(args_.dbias_out, column + i, n, sums);
       });
     });
   }
 
   const FeedForwardBackwardArgs& args_;
   const FeedForwardProblem& p_;
-  bool gated_, wants_dbefore_, wants_dgate_;
-  int64_t subblocks_;       // of kUnits hidden units
-  int64_t block_, blocks_;  // tokens of a block, and how many there are
-  int64_t x_stride_, out_stride_;
-  float* dx_ = nullptr;  // [blocks * block, dx_stride]
-  int64_t dx_stride_ = 0;
-  bool owns_dx_ = false;  // dx_ is not dinput itself
-  mutable bool packed_ = true;
+  bool gated_, wants_dx_, wants_dhidden_;
+  int64_t block_, blocks_;   // tokens of a block, and how many there are
+  int64_t subblocks_;        // of kUnits hidden units
+  Result dx_{};              // [tokens, model_dim]
+  bool owns_dx_ = false;     // dx_ is not dinput itself
   int32_t* turn_ = nullptr;  // [blocks]: which task's turn it is to add to dx
+  mutable bool packed_ = true;
 };
 
 }  // namespace fastattn::FASTATTN_ISA

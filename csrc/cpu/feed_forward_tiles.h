@@ -21,7 +21,7 @@ namespace fastattn::FASTATTN_ISA {
 template <int kPieces>
 class TileEngine {
  public:
-  static constexpr int64_t kUnits = 64, kAlign = kStep, kAlignRows = kStep;
+  static constexpr int64_t kUnits = 64, kDepth = 128, kRows = kStep, kColumns = kStep, kBytes = 2 * kPieces;
 
   // Packed in blocks of 32 rows of the left operand or 32 columns of the right one: [block][step][piece][2 tiles].
   struct Operand {
@@ -64,23 +64,26 @@ class TileEngine {
   }
 
   // to (+)= left * right; `to` is written up to the next multiple of 32 rows and columns.
+  template <typename Result>
   static void product(int64_t rows, int64_t columns, int64_t depth, const Operand& left, const Operand& right,
-                      float* to, int64_t to_stride, bool start) {
+                      const Result& to, bool start) {
     TileScope tiles;
     Products products;
-    const int64_t steps = ceil_div(depth, kStep);
+    const int64_t steps = ceil_div(depth, kStep), blocks = ceil_div(rows, kStep), lines = right.block / 64;
     for (int64_t j = 0; j < columns; j += kStep) {
-      for (int64_t i = 0; i < rows; i += kStep) {
-        const Product p{left.data + i / kStep * left.block,
-                        64,
-                        kStepBytes,
-                        right.data + j / kStep * right.block,
-                        kTileBytes,
-                        kStepBytes,
-                        to + i * to_stride + j,
-                        to_stride * 4,
-                        steps,
-                        !start};
+      const char* b = right.data + j / kStep * right.block;
+      float* c = to.at(0, j).data;
+      for (int64_t i = 0; i < blocks; ++i, c += kStep * to.row) {
+        // The next block of the result, and its share of the right operand's next one, may have to come from afar.
+        if (!start && i + 1 < blocks) {
+          for (int64_t row = kStep; row < 2 * kStep; ++row) prefetch(c + row * to.row, 2);
+        }
+        if (j + kStep < columns) {
+          const int64_t begin = lines * i / blocks;
+          prefetch(b + right.block + begin * 64, lines * (i + 1) / blocks - begin);
+        }
+        const char* a = left.data + i * left.block;
+        const Product p{a, 64, kStepBytes, b, kTileBytes, kStepBytes, c, to.row * 4, steps, !start};
         if constexpr (kPieces == 1) {
           products.run(p);
         } else {
@@ -93,6 +96,10 @@ class TileEngine {
 
  private:
   static constexpr int64_t kPieceBytes = 2 * kTileBytes, kStepBytes = kPieces * kPieceBytes;
+
+  static void prefetch(const void* from, int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(static_cast<const char*>(from) + i * 64, _MM_HINT_T1);
+  }
 
   // The pieces of 32 elements as pairs of bfloat16.
   struct Pairs {

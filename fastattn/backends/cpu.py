@@ -71,7 +71,7 @@ class CpuBackend(Backend):
         return out
 
     def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        if uses_torch_products(cpu_flags(), call.input.dtype):
+        if call.input.dtype == torch.float64:
             return blocked.feed_forward_backward(call, dout, needed)
         grads = [
             t.new_empty(t.shape) if need and t is not None else None
