@@ -261,3 +261,17 @@ def test_kernels_share_no_code_between_instruction_sets():
         listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
         weak = [line[19:] for line in listing if line[17:18] in "WVu" and "DW.ref.__gxx_personality" not in line]
         assert [name for name in weak if f"fastattn::{isa}::" not in name] == [], path.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("scale", [1e5, 1e15])
+def test_huge_scores_choose_their_largest(isa, dtype, scale):
+    """Rounding a score and rounding the row's maximum must not differ by anything that a power of two could magnify."""
+    torch.manual_seed(3)
+    query = torch.randn(1, 1, 40, 1).to(dtype) * scale
+    key, value = torch.arange(1.0, 70.0)[None, None, :, None].to(dtype), torch.randn(1, 1, 69, 3).to(dtype)
+    out, lse = backend.attention(make_call(query, key, value, softmax_scale=1.0))
+    best = torch.where(query < 0, 0, 68).expand_as(out)
+    assert torch.equal(out, value.gather(2, best))
+    expected = query.double() * key.double().take(best[..., :1])
+    torch.testing.assert_close(lse.double(), expected[..., 0], rtol=1e-6, atol=0)

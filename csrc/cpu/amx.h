@@ -213,6 +213,11 @@ inline __m512i merge_bfloat16(FloatVec a, FloatVec b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
 }
 
+// a * b, rounded by itself whatever is done to it next.
+inline FloatVec multiply_rounded(FloatVec a, FloatVec b) {
+  return {_mm512_mul_round_ps(a.v, b.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
 // Writes log(x * 2^n) for x >= 0, within 2e-9 of log(x)'s fraction; an infinite or NaN n goes through.
 inline void log_of_scaled(FloatVec x, FloatVec n, double* to) {
   // log(m) = 2 atanh(z) for m in [3/4, 3/2) and z = (m - 1) / (m + 1), |z| <= 1/5: the next term is 2e-9 of the first.

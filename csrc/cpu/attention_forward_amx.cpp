@@ -19,8 +19,9 @@ namespace {
 constexpr int64_t kRows = kStep;               // queries a block
 constexpr int64_t kKeys = 64;                  // keys a tile: all that a tile touches stays in the first-level cache
 constexpr int64_t kPStep = kRows * kStep * 2;  // bytes of the probabilities of a step
-constexpr int64_t kMinRows = 2;  // a single query's time is that of reading the keys: packing them would double it
-constexpr float kSlack = 8.0f;   // in powers of two
+constexpr int64_t kMinRows = 2;   // a single query's time is that of reading the keys: packing them would double it
+constexpr float kSlack = 8.0f;    // in powers of two
+constexpr float kHuge = 0x1p20f;  // a shift, in powers of two, whose rounding is more than 2^-5
 constexpr float kInfinity = __builtin_inff();
 
 using Whole = std::integral_constant<int64_t, kKeys / kStep>;  // the steps of a whole tile, for the compiler to see
@@ -184,7 +185,7 @@ class ForwardAmx {
   template <typename Steps>
   void softmax(const Block& block, Steps steps, bool first) const {
     const FloatVec to_log2 = FloatVec::set1(to_log2_);
-    bool moved = false;
+    bool moved = false, huge = false;
     for (int64_t half = 0; half < kRows; half += 16) {
       float* s = block.s + half * kKeys;
       FloatVec top[16];
@@ -197,10 +198,24 @@ class ForwardAmx {
       const FloatVec before = load(block.shift + half);
       const __mmask16 grown = lt(before + FloatVec::set1(kSlack), now);
       store(block.factor + half, select(grown, exp2(before - now), FloatVec::set1(1.0f)));
-      store(block.shift + half, select(grown, now, before));
+      const FloatVec shift = select(grown, now, before);
+      store(block.shift + half, shift);
       moved |= grown != 0;
+      huge |= lt(FloatVec::set1(kHuge), abs(shift)) != 0;
     }
     if (moved && !first) rescale(block);
+    huge ? exponentiate<true>(block, steps) : exponentiate<false>(block, steps);
+  }
+
+  // Scores to probabilities and their sums. One rounding from score to power of two, and not two, leaves the rounding
+  // of the shift in each power: a common factor that the normalisation takes out again, unless shifts are huge.
+  template <bool kHugeShifts, typename Steps>
+  void exponentiate(const Block& block, Steps steps) const {
+    const FloatVec to_log2 = FloatVec::set1(to_log2_);
+    const auto weigh = [&](const float* s, FloatVec shift) {
+      if constexpr (kHugeShifts) return exp2(multiply_rounded(load(s), to_log2) + shift);
+      return exp2(fma(load(s), to_log2, shift));
+    };
     for (int64_t i = 0; i < kRows; ++i) {
       float* s = block.s + i * kKeys;
       char* p = block.p + i * 64;
@@ -208,8 +223,7 @@ class ForwardAmx {
       const FloatVec shift = FloatVec::set1(block.shift[i] == -kInfinity ? 0.0f : -block.shift[i]);
       FloatVec sum_a = load(block.sum + i * 16), sum_b = FloatVec::zero();
       for (int64_t j = 0; j < steps; ++j) {
-        const FloatVec a = exp2(fma(load(s + j * kStep), to_log2, shift));
-        const FloatVec b = exp2(fma(load(s + j * kStep + 16), to_log2, shift));
+        const FloatVec a = weigh(s + j * kStep, shift), b = weigh(s + j * kStep + 16, shift);
         sum_a = sum_a + a;
         sum_b = sum_b + b;
         _mm512_storeu_si512(p + j * kPStep, merge_bfloat16(a, b));
