@@ -74,37 +74,10 @@ class Products {
  public:
   // The last product's C is in memory only after flush().
   void run(const Product& p) {
-    const char* a = static_cast<const char*>(p.a);
-    const char* b = static_cast<const char*>(p.b);
-    char* c = reinterpret_cast<char*>(p.c);
-    // A tile store waits for its product and holds up the next one: each accumulator is stored only when its register
-    // is wanted again, three products later.
-    tile_load<4>(a, p.a_row);
-    tile_stream<6>(b, 64);
-    begin<0>(c, p);
-    tile_multiply<0, 4, 6>();
-    tile_stream<7>(b + p.b_right, 64);
-    begin<1>(c + 64, p);
-    tile_multiply<1, 4, 7>();
-    tile_load<5>(a + 16 * p.a_row, p.a_row);
-    begin<2>(c + 16 * p.c_row, p);
-    tile_multiply<2, 5, 6>();
-    begin<3>(c + 16 * p.c_row + 64, p);
-    tile_multiply<3, 5, 7>();
+    quarter<0, true>(p, 0), quarter<1, true>(p, 0), quarter<2, true>(p, 0), quarter<3, true>(p, 0);
     for (int64_t step = 1; step < p.steps; ++step) {
-      a += p.a_step;
-      b += p.b_step;
-      tile_load<4>(a, p.a_row);
-      tile_stream<6>(b, 64);
-      tile_multiply<0, 4, 6>();
-      tile_stream<7>(b + p.b_right, 64);
-      tile_multiply<1, 4, 7>();
-      tile_load<5>(a + 16 * p.a_row, p.a_row);
-      tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
+      quarter<0>(p, step), quarter<1>(p, step), quarter<2>(p, step), quarter<3>(p, step);
     }
-    c_ = c;
-    c_row_ = p.c_row;
   }
 
   void flush() {
@@ -116,19 +89,77 @@ class Products {
     c_ = nullptr;
   }
 
+  // One of the four tiles of C in one step.
+  template <int kQuarter, bool kFirst = false>
+  void quarter(const Product& p, int64_t step) {
+    const char* a = static_cast<const char*>(p.a) + step * p.a_step;
+    const char* b = static_cast<const char*>(p.b) + step * p.b_step;
+    if (kQuarter == 0) tile_load<4>(a, p.a_row);
+    if (kQuarter == 0) tile_stream<6>(b, 64);
+    if (kQuarter == 1) tile_stream<7>(b + p.b_right, 64);
+    if (kQuarter == 2) tile_load<5>(a + 16 * p.a_row, p.a_row);
+    if (kFirst) exchange<kQuarter>(p);
+    tile_multiply<kQuarter, 4 + kQuarter / 2, 6 + kQuarter % 2>();
+  }
+
  private:
+  // A tile store waits for its product and holds up the next one: each accumulator is stored only when its register is
+  // wanted again, three products later.
   template <int kTile>
-  void begin(const char* c, const Product& p) {
+  void exchange(const Product& p) {
+    char* c = reinterpret_cast<char*>(p.c);
     if (c_ != nullptr) tile_store<kTile>(c_ + kTile / 2 * 16 * c_row_ + kTile % 2 * 64, c_row_);
     if (p.accumulate) {
-      tile_load<kTile>(c, p.c_row);
+      tile_load<kTile>(c + kTile / 2 * 16 * p.c_row + kTile % 2 * 64, p.c_row);
     } else {
       tile_zero<kTile>();
     }
+    if (kTile < 3) return;
+    c_ = c;
+    c_row_ = p.c_row;
   }
 
   char* c_ = nullptr;  // where the accumulators belong that are still in registers
   int64_t c_row_ = 0;
+};
+
+// Products that run while vectors are worked on: tiles and vectors have units of their own, which out-of-order
+// execution keeps busy both where their instructions alternate closely. make(i) gives the i-th of `count` products.
+template <typename Make>
+class Background {
+ public:
+  Background(Products& products, int64_t count, const Make& make) : products_(products), make_(make), count_(count) {
+    if (count_ > 0) product_ = make_(0);
+  }
+
+  // A quarter of a step of a product.
+  void advance() {
+    if (next_ == count_) return;
+    switch (quarter_++) {
+      case 0:
+        return step_ == 0 ? products_.quarter<0, true>(product_, 0) : products_.quarter<0>(product_, step_);
+      case 1:
+        return step_ == 0 ? products_.quarter<1, true>(product_, 0) : products_.quarter<1>(product_, step_);
+      case 2:
+        return step_ == 0 ? products_.quarter<2, true>(product_, 0) : products_.quarter<2>(product_, step_);
+    }
+    step_ == 0 ? products_.quarter<3, true>(product_, 0) : products_.quarter<3>(product_, step_);
+    quarter_ = 0;
+    if (++step_ < product_.steps) return;
+    step_ = 0;
+    if (++next_ < count_) product_ = make_(next_);
+  }
+  void finish() {
+    while (next_ < count_) advance();
+    products_.flush();
+  }
+
+ private:
+  Products& products_;
+  const Make& make_;
+  Product product_;
+  int64_t count_, next_ = 0, step_ = 0;
+  int quarter_ = 0;
 };
 
 inline bool is_finite(BFloat16 x) { return x.bits % 0x8000 < 0x7f80; }
@@ -202,6 +233,30 @@ inline void transpose_tiles(char* tiles, int64_t count) {
     transpose<float>(block);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(tiles + i * 64), block[i]);
+  }
+}
+
+// Writes the transpose of 32 x 16 floats, scaled and rounded to nearest even: `columns` <= 32 elements of each of 16
+// rows. row_of(i) is where the i-th column of source goes, null for nowhere.
+template <typename RowOf>
+inline void write_transposed(const RowOf& row_of, int64_t columns, const float* source, int64_t row_stride,
+                             FloatVec scale) {
+  // Two rows of source become one vector of pairs: a column of pairs, transposed, is a whole row.
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  FloatVec block[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const FloatVec even = load(source + 2 * i * row_stride) * scale,
+                   odd = load(source + (2 * i + 1) * row_stride) * scale;
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+    block[i] = {_mm512_castsi512_ps(_mm512_permutexvar_epi16(pairs, rounded))};
+  }
+  transpose<float>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    BFloat16* to = row_of(i);
+    if (to != nullptr) _mm512_mask_storeu_epi16(to, first_lanes32(columns), _mm512_castps_si512(block[i].v));
   }
 }
 

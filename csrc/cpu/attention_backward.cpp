@@ -129,7 +129,8 @@ class PanelTiles {
     }
   }
 
-  void add_dq(const Task& task, const BackwardTile& tile, const Mask& mask, C* dq) const {
+  void add_dq(const Task& task, const BackwardTile& tile, const Mask& mask, C* dq, bool fresh) const {
+    if (fresh) clear(dq, rows_ * q_stride_);
     for (int64_t j = 0; j < tile.width(); j += kDepth) {
       add_product(tile.height(), p_.head_dim, min(kDepth, tile.width() - j), task.dx + j, kKeys, 1,
                   task.k + (offset_of(tile) + j) * kPanelWidth<C>, panel_size<C>(kKeys), dq, q_stride_,

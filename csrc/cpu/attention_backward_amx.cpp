@@ -14,8 +14,8 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kMaxRows = 128;     // queries a block: depths of dV and dK for each load and store of their sums
-constexpr int64_t kKeys = 128;        // keys a tile
+constexpr int64_t kMaxRows = 256;     // queries a block: depths of dV and dK for each load and store of their sums
+constexpr int64_t kKeys = 256;        // keys a tile
 constexpr int64_t kStepBytes = 2048;  // kStep rows of kStep bfloat16
 constexpr int64_t kSteps = kKeys / kStep;
 constexpr int64_t kMinRows = 2;
@@ -32,20 +32,24 @@ class AmxTiles {
     dim_steps_ = ceil_div(p_.head_dim, kStep);
     value_steps_ = ceil_div(p_.head_dim_v, kStep);
     wants_ds_ = wants_ds(args);
+    rate_ = ceil_div(dim_steps_ + value_steps_, 4);
     keeps_ds_ = args.dbias.data != nullptr || args.drelative.data != nullptr;
   }
 
   struct Task {
-    char *k_t, *v_t;  // K^T and V^T in pairs
-    char* k;          // K in pairs
-    char* k_finite;   // [kSteps]: of 32 keys; elements that are not are packed as 0
-    float *dk, *dv;   // dK^T [dim_steps * kStep, kKeys] and dV^T, their columns in the order of key_of()
-    float* s;         // [kStep, kKeys]: scores
-    float* ds;        // the same, or [rows, kKeys] where dS is wanted itself: dP, then dS
-    float* slope;     // [kStep, kKeys]: of the softcap
-    char* p_pairs;    // [rows / kStep, kSteps]: P in pairs of queries
-    char* ds_pairs;   // the same of dS
-    char* ds_rows;    // the same in rows
+    char *k_t, *v_t;       // K^T and V^T in pairs
+    char* k;               // K in pairs
+    char* k_finite;        // [kSteps]: of 32 keys; elements that are not are packed as 0
+    bool* fresh;           // [kSteps]: nothing has been added yet to the sums of 32 keys
+    float *dk, *dv;        // dK^T [dim_steps * kStep, kKeys] and dV^T, their columns in the order of key_of()
+    float *s[2], *dp[2];   // of two cells, one being multiplied while the other becomes P and dS
+    float* slope;          // of a cell: of the softcap
+    float *shift, *delta;  // [kStep]
+    uint64_t* keep;        // [kStep]: dropout's bits of 64 columns
+    float* ds;             // [rows, kKeys], where dS is wanted itself
+    char* p_pairs;         // [rows / kStep, kSteps]: P in pairs of queries
+    char* ds_pairs;        // the same of dS
+    char* ds_rows;         // the same in rows
   };
 
   const Grid& grid() const { return grid_; }
@@ -74,8 +78,8 @@ class AmxTiles {
 
   int64_t task_bytes() const {
     const int64_t steps = dim_steps_ + value_steps_;
-    return kSteps * (dim_steps_ + steps) * kStepBytes + 64 + steps * kStep * kKeys * 4 +
-           (2 * kStep + ds_rows()) * kKeys * 4 + 3 * rows_ * kKeys * 2;
+    return kSteps * (dim_steps_ + steps) * kStepBytes + 2 * 64 + steps * kStep * kKeys * 4 +
+           (5 * kStep + 4) * kStep * 4 + (keeps_ds_ ? rows_ * kKeys * 4 : 0) + 3 * rows_ * kKeys * 2;
   }
   Task carve_task(Carver& carver) const {
     Task task;
@@ -83,11 +87,16 @@ class AmxTiles {
     task.v_t = carver.take<char>(kSteps * value_steps_ * kStepBytes);
     task.k = carver.take<char>(kSteps * dim_steps_ * kStepBytes);
     task.k_finite = carver.take<char>(kSteps);
+    task.fresh = carver.take<bool>(kSteps);
     task.dk = carver.take<float>(dim_steps_ * kStep * kKeys);
     task.dv = carver.take<float>(value_steps_ * kStep * kKeys);
-    task.s = carver.take<float>(kStep * kKeys);
-    task.ds = carver.take<float>(ds_rows() * kKeys);
-    task.slope = carver.take<float>(kStep * kKeys);
+    for (float*& cell : task.s) cell = carver.take<float>(kStep * kStep);
+    for (float*& cell : task.dp) cell = carver.take<float>(kStep * kStep);
+    task.slope = carver.take<float>(kStep * kStep);
+    task.shift = carver.take<float>(kStep);
+    task.delta = carver.take<float>(kStep);
+    task.keep = carver.take<uint64_t>(kStep);
+    task.ds = carver.take<float>(keeps_ds_ ? rows_ * kKeys : 0);
     task.p_pairs = carver.take<char>(rows_ * kKeys * 2);
     task.ds_pairs = carver.take<char>(rows_ * kKeys * 2);
     task.ds_rows = carver.take<char>(rows_ * kKeys * 2);
@@ -95,8 +104,7 @@ class AmxTiles {
   }
 
   void begin(const Task& task, int64_t batch, int64_t head, Range keys) const {
-    clear(task.dk, dim_steps_ * kStep * kKeys);
-    clear(task.dv, value_steps_ * kStep * kKeys);
+    for (int64_t step = 0; step < kSteps; ++step) task.fresh[step] = true;
     for (int64_t key = keys.begin; key < keys.end; key += kStep) {
       const int64_t step = (key - keys.begin) / kStep, count = keys.end - key;
       const BFloat16* k = row_of<const BFloat16>(p_.k, batch, head, key);
@@ -112,41 +120,60 @@ class AmxTiles {
   }
 
   void end(const Task& task, int64_t batch, int64_t head, Range keys) const {
-    write_transposed(args_.dk, batch, head, keys, task.dk, p_.head_dim, p_.softmax_scale, task.s);
-    write_transposed(args_.dv, batch, head, keys, task.dv, p_.head_dim_v, p_.dropout.rescale, task.s);
+    write_sum(args_.dk, batch, head, keys, task, task.dk, p_.head_dim, p_.softmax_scale);
+    write_sum(args_.dv, batch, head, keys, task, task.dv, p_.head_dim_v, p_.dropout.rescale);
   }
 
   void differentiate(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, const Mask& mask) const {
-    const int64_t first = (tile.columns.begin - tile.index * kKeys) / kStep, steps = ceil_div(tile.width(), kStep);
-    const char* k_t = task.k_t + first * dim_steps_ * kStepBytes;
-    const char* v_t = task.v_t + first * value_steps_ * kStepBytes;
-    TileScope tiles;
-    Products products;
-    for (int64_t i = tile.rows.begin; i < tile.rows.end; i += kStep) {
-      const Packed packed = packed_queries(head, i);
-      const Range rows{i, min(i + kStep, tile.rows.end)};
-      float* s = task.s;
-      float* ds = task.ds + (keeps_ds_ ? (i - tile.rows.begin) * kKeys : 0);
-      for (int64_t j = 0; j < steps; ++j) {
-        products.run({packed.q, 64, kStepBytes, k_t + j * dim_steps_ * kStepBytes, dim_steps_ * kTileBytes, kTileBytes,
-                      s + j * kStep, kKeys * 4, dim_steps_, false});
-      }
-      for (int64_t j = 0; j < steps && wants_ds_; ++j) {
-        products.run({packed.dout, 64, kStepBytes, v_t + j * value_steps_ * kStepBytes, value_steps_ * kTileBytes,
-                      kTileBytes, ds + j * kStep, kKeys * 4, value_steps_, false});
-      }
-      products.flush();
-      softmax_backward(task, head, tile, rows, s, ds, steps, mask);
-    }
+    const int64_t first = first_step(tile), steps = ceil_div(tile.width(), kStep);
     const int64_t depth = ceil_div(tile.height(), kStep);
     const Packed packed = packed_queries(head, tile.rows.begin);
+    TileScope tiles;
+    Products products;
+    // S and dP of a cell of kStep x kStep are multiplied while the softmax of the one before it runs.
+    const auto multiply = [&](int64_t cell) {
+      return [&, cell](int64_t which) {
+        const int64_t i = cell / steps, j = first + cell % steps;
+        return which == 0 ? Product{packed.q + i * dim_steps_ * kStepBytes,
+                                    64,
+                                    kStepBytes,
+                                    task.k_t + j * dim_steps_ * kStepBytes,
+                                    dim_steps_ * kTileBytes,
+                                    kTileBytes,
+                                    task.s[cell % 2],
+                                    kStep * 4,
+                                    dim_steps_,
+                                    false}
+                          : Product{packed.dout + i * value_steps_ * kStepBytes,
+                                    64,
+                                    kStepBytes,
+                                    task.v_t + j * value_steps_ * kStepBytes,
+                                    value_steps_ * kTileBytes,
+                                    kTileBytes,
+                                    task.dp[cell % 2],
+                                    kStep * 4,
+                                    value_steps_,
+                                    false};
+      };
+    };
+    const auto make_first = multiply(0);
+    Background(products, wants_ds_ ? 2 : 1, make_first).finish();
+    for (int64_t cell = 0; cell < depth * steps; ++cell) {
+      const auto make_next = multiply(cell + 1);
+      Background next(products, cell + 1 == depth * steps ? 0 : wants_ds_ ? 2 : 1, make_next);
+      softmax_backward(task, head, tile, cell / steps, cell % steps, mask, next);
+      next.finish();
+    }
     if (args_.dv.data != nullptr) {
-      add_transposed(products, packed.dout_t, value_steps_, task.p_pairs, task.dv + first * kStep, steps, depth);
+      add_transposed(products, packed.dout_t, value_steps_, task.p_pairs, task.dv + first * kStep, steps, depth,
+                     task.fresh + first);
     }
     if (args_.dk.data != nullptr) {
-      add_transposed(products, packed.q_t, dim_steps_, task.ds_pairs, task.dk + first * kStep, steps, depth);
+      add_transposed(products, packed.q_t, dim_steps_, task.ds_pairs, task.dk + first * kStep, steps, depth,
+                     task.fresh + first);
     }
     products.flush();
+    for (int64_t j = 0; j < steps; ++j) task.fresh[first + j] = false;
     for (int64_t i = 0; i < depth; ++i) {
       if (!packed.finite[i * 64] && args_.dk.data != nullptr) {
         add_not_finite_rows(task.ds_pairs, i, p_.q, p_.head_dim, tile, mask, task.dk + first * kStep);
@@ -157,15 +184,15 @@ class AmxTiles {
     }
   }
 
-  void add_dq(const Task& task, const BackwardTile& tile, const Mask& mask, C* dq) const {
-    const int64_t first = (tile.columns.begin - tile.index * kKeys) / kStep, steps = ceil_div(tile.width(), kStep);
+  void add_dq(const Task& task, const BackwardTile& tile, const Mask& mask, C* dq, bool fresh) const {
+    const int64_t first = first_step(tile), steps = ceil_div(tile.width(), kStep);
     TileScope tiles;
     Products products;
     for (int64_t i = 0; i < tile.height(); i += kStep) {
       for (int64_t n = 0; n < dim_steps_; ++n) {
         products.run({task.ds_rows + i / kStep * kSteps * kStepBytes, 64, kStepBytes,
                       task.k + (first * dim_steps_ + n) * kStepBytes, kTileBytes, dim_steps_ * kStepBytes,
-                      dq + i * dq_stride() + n * kStep, dq_stride() * 4, steps, true});
+                      dq + i * dq_stride() + n * kStep, dq_stride() * 4, steps, !fresh});
       }
     }
     products.flush();
@@ -181,6 +208,14 @@ class AmxTiles {
     char *q_t, *dout_t;  // [steps * kStep rows]: columns are queries, paired as pack_tiles pairs them
     char* finite;        // two bytes: of queries, of dout; elements that are not are packed as 0 in q_t and dout_t
   };
+  // kStep queries against kStep keys: what of P and dS is worked on at a time, for all of it to stay in the first-level
+  // cache. A tile store to anywhere else takes four times as long.
+  struct Cell {
+    float *s, *dp;  // [kStep, kStep]
+    float* ds;      // where dS is wanted itself, kKeys from row to row
+    int64_t at;     // in p_pairs, ds_pairs and ds_rows
+    Range rows, columns;
+  };
   Packed packed_queries(const BackwardHead<C>& head, int64_t row) const {
     const int64_t count = grid_.blocks * rows_ / kStep, index = row / kStep;
     const int64_t q_bytes = dim_steps_ * kStepBytes, dout_bytes = value_steps_ * kStepBytes;
@@ -194,115 +229,119 @@ class AmxTiles {
     return packed;
   }
 
-  int64_t ds_rows() const { return keeps_ds_ ? rows_ : kStep; }
+  // Where, among the steps of its tile of keys, the visible ones begin.
+  static int64_t first_step(const BackwardTile& tile) { return (tile.columns.begin - tile.index * kKeys) / kStep; }
 
   // The key, of 32, whose column of dK^T and dV^T this is: what pairing two rows by 16-bit unpacking leads to.
   static int64_t key_of(int64_t column) {
     return (column & 12) + column / 16 * 2 + (column >> 1 & 1) + (column & 1) * 16;
   }
 
-  // Makes P and dS of up to kStep rows out of scores and dP.
-  void softmax_backward(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, Range rows, float* s,
-                        float* ds, int64_t steps, const Mask& mask) const {
-    float* slope = p_.softcap != 0 ? task.slope : nullptr;
-    scores_.finish(s, kKeys, tile.batch, tile.head, rows, tile.columns, tile.masked, mask, slope);
+  // Makes P and dS of a cell out of its scores and dP, in step with the products in the background.
+  template <typename Make>
+  void softmax_backward(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, int64_t block,
+                        int64_t step, const Mask& mask, Background<Make>& next) const {
+    Cell cell;
+    cell.s = task.s[(block * ceil_div(tile.width(), kStep) + step) % 2];
+    cell.dp = task.dp[(block * ceil_div(tile.width(), kStep) + step) % 2];
+    cell.rows.begin = tile.rows.begin + block * kStep;
+    cell.rows.end = min(cell.rows.begin + kStep, tile.rows.end);
+    cell.columns.begin = tile.columns.begin + step * kStep;
+    cell.columns.end = min(cell.columns.begin + kStep, tile.columns.end);
+    cell.at = (block * kSteps + step) * kStepBytes;
+    cell.ds = task.ds + block * kStep * kKeys + step * kStep;
+    const int64_t height = cell.rows.end - cell.rows.begin, width = cell.columns.end - cell.columns.begin;
+    if (step == 0) load_statistics(task, head, cell.rows);
+    const bool drops = p_.dropout.threshold != 0;
+    if (drops && step % 2 == 0) draw_dropout(task, tile, cell);
+
+    scores_.finish(cell.s, kStep, tile.batch, tile.head, cell.rows, cell.columns, tile.masked, mask,
+                   p_.softcap != 0 ? task.slope : nullptr);
     // Rows and columns that do not exist are hidden like those that are masked.
-    const int64_t height = rows.end - rows.begin, width = tile.width();
     const FloatVec hidden = FloatVec::set1(-kInfinity);
-    for (int64_t i = height; i < kStep; ++i) {
-      for (int64_t j = 0; j < steps * kStep; j += 16) store(s + i * kKeys + j, hidden);
-    }
-    if (width % kStep != 0) {
-      const int64_t last = width / 16 * 16;
-      const __mmask16 exists = first_lanes16(static_cast<int>(width - last));
-      for (int64_t i = 0; i < height; ++i) {
-        float* at = s + i * kKeys + last;
-        store(at, select(exists, load(at), hidden));
-        if (last % kStep == 0) store(at + 16, hidden);
+    if (height < kStep || width < kStep) {
+      for (int64_t i = 0; i < kStep; ++i) {
+        const __mmask32 exists = i < height ? first_lanes32(width) : 0;
+        float* row = cell.s + i * kStep;
+        store(row, select(static_cast<__mmask16>(exists), load(row), hidden));
+        store(row + 16, select(static_cast<__mmask16>(exists >> 16), load(row + 16), hidden));
       }
     }
-    const bool masked = tile.masked || height < kStep || width % kStep != 0;
-    if (p_.dropout.threshold != 0 || slope != nullptr || keeps_ds_) {
-      make_pairs<true, true>(task, head, tile, rows, s, ds, steps);
+    const bool masked = tile.masked || height < kStep || width < kStep;
+    if (drops || p_.softcap != 0 || keeps_ds_) {
+      make_pairs<true, true>(task, cell, step, next);
     } else if (masked) {
-      make_pairs<true, false>(task, head, tile, rows, s, ds, steps);
+      make_pairs<true, false>(task, cell, step, next);
     } else {
-      make_pairs<false, false>(task, head, tile, rows, s, ds, steps);
+      make_pairs<false, false>(task, cell, step, next);
     }
   }
 
-  // One row's share of make_pairs().
-  struct Row {
-    FloatVec shift, delta;
-    uint64_t keep;
-  };
-  Row begin_row(const BackwardHead<C>& head, int64_t row, int64_t end) const {
-    if (row >= end) return {FloatVec::zero(), FloatVec::zero(), 0};
-    // The rows' factors stay out: what they mend is float32's, and P is rounded to bfloat16.
-    return {FloatVec::set1(-head.shift[row]), FloatVec::set1(head.delta[row]), 0};
+  // What the softmax of a cell needs of its rows: shifts, negated, and deltas. The rows' factors stay out: what they
+  // mend is float32's, and P is rounded to bfloat16.
+  void load_statistics(const Task& task, const BackwardHead<C>& head, Range rows) const {
+    for (int64_t i = 0; i < kStep; i += 16) {
+      const int n = static_cast<int>(max(0, min(16, rows.end - rows.begin - i)));
+      store(task.shift + i, FloatVec::zero() - load_n(head.shift + rows.begin + i, n));
+      store(task.delta + i, load_n(head.delta + rows.begin + i, n));
+    }
+  }
+
+  // Draws which elements of a cell and the next one in its rows are kept.
+  void draw_dropout(const Task& task, const BackwardTile& tile, const Cell& cell) const {
+    const uint64_t slice = static_cast<uint64_t>(tile.batch * p_.num_heads_q + tile.head);
+    for (int64_t i = cell.rows.begin; i < cell.rows.end; ++i) {
+      task.keep[i - cell.rows.begin] =
+          dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(i), static_cast<uint64_t>(cell.columns.begin));
+    }
   }
 
   // The rows of a pair lie 16 apart, as pack_tiles pairs them. With kRare: dropout, softcap, or dS is to be kept.
-  template <bool kMasked, bool kRare>
-  void make_pairs(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, Range rows, float* s,
-                  float* ds, int64_t steps) const {
-    const int64_t at = (rows.begin - tile.rows.begin) / kStep * kSteps * kStepBytes;
+  template <bool kMasked, bool kRare, typename Make>
+  void make_pairs(const Task& task, const Cell& cell, int64_t step, Background<Make>& next) const {
     for (int64_t i = 0; i < 16; ++i) {
-      Row upper = begin_row(head, rows.begin + i, rows.end), lower = begin_row(head, rows.begin + i + 16, rows.end);
-      for (int64_t j = 0; j < steps; ++j) {
-        if (kRare && p_.dropout.threshold != 0 && j % 2 == 0) {
-          upper.keep = keep_bits(tile, rows.begin + i, j);
-          lower.keep = keep_bits(tile, rows.begin + i + 16, j);
-        }
-        const int64_t to = at + j * kStepBytes + i * 64, from = i * kKeys + j * kStep;
-        __m512i p[2], x[2];
-        softmax_step<kMasked, kRare>(task, upper, s + from, ds + from, from, j, &p[0], &x[0]);
-        softmax_step<kMasked, kRare>(task, lower, s + from + 16 * kKeys, ds + from + 16 * kKeys, from + 16 * kKeys, j,
-                                     &p[1], &x[1]);
-        _mm512_storeu_si512(task.ds_rows + to, x[0]);
-        _mm512_storeu_si512(task.ds_rows + to + kTileBytes, x[1]);
-        _mm512_storeu_si512(task.ds_pairs + to, _mm512_unpacklo_epi16(x[0], x[1]));
-        _mm512_storeu_si512(task.ds_pairs + to + kTileBytes, _mm512_unpackhi_epi16(x[0], x[1]));
-        _mm512_storeu_si512(task.p_pairs + to, _mm512_unpacklo_epi16(p[0], p[1]));
-        _mm512_storeu_si512(task.p_pairs + to + kTileBytes, _mm512_unpackhi_epi16(p[0], p[1]));
-      }
+      __m512i p[2], x[2];
+      softmax_row<kMasked, kRare>(task, cell, i, step, &p[0], &x[0]);
+      softmax_row<kMasked, kRare>(task, cell, i + 16, step, &p[1], &x[1]);
+      const int64_t to = cell.at + i * 64;
+      _mm512_storeu_si512(task.ds_rows + to, x[0]);
+      _mm512_storeu_si512(task.ds_rows + to + kTileBytes, x[1]);
+      _mm512_storeu_si512(task.ds_pairs + to, _mm512_unpacklo_epi16(x[0], x[1]));
+      _mm512_storeu_si512(task.ds_pairs + to + kTileBytes, _mm512_unpackhi_epi16(x[0], x[1]));
+      _mm512_storeu_si512(task.p_pairs + to, _mm512_unpacklo_epi16(p[0], p[1]));
+      _mm512_storeu_si512(task.p_pairs + to + kTileBytes, _mm512_unpackhi_epi16(p[0], p[1]));
+      for (int64_t n = 0; n < rate_; ++n) next.advance();
     }
   }
 
-  uint64_t keep_bits(const BackwardTile& tile, int64_t row, int64_t step) const {
-    const uint64_t slice = static_cast<uint64_t>(tile.batch * p_.num_heads_q + tile.head);
-    return dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(row),
-                             static_cast<uint64_t>(tile.columns.begin + step * kStep));
-  }
-
-  // P (dropped) and dS of kStep columns of a row, in bfloat16; the survivors' rescaling is left to the end in dV.
+  // P (dropped) and dS of a row of a cell, in bfloat16; the survivors' rescaling is left to the end in dV.
   template <bool kMasked, bool kRare>
-  void softmax_step(const Task& task, const Row& row, const float* s, float* ds, int64_t at, int64_t step, __m512i* p,
-                    __m512i* x) const {
+  void softmax_row(const Task& task, const Cell& cell, int64_t row, int64_t step, __m512i* p, __m512i* x) const {
+    const FloatVec to_log2 = FloatVec::set1(to_log2_), zero = FloatVec::zero();
+    const FloatVec shift = FloatVec::set1(task.shift[row]), delta = FloatVec::set1(task.delta[row]);
     FloatVec weights[2], dscores[2];
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const FloatVec score = load(s + half * 16);
-      FloatVec weight = exp2(fma(score, FloatVec::set1(to_log2_), row.shift)), dweight = load(ds + half * 16);
+      const int64_t at = row * kStep + half * 16;
+      const FloatVec score = load(cell.s + at);
+      FloatVec weight = exp2(fma(score, to_log2, shift)), dweight = load(cell.dp + at);
       FloatVec dropped = weight;
       if (kRare && p_.dropout.threshold != 0) {
-        const __mmask16 kept = static_cast<__mmask16>(row.keep >> (step % 2 * 32 + half * 16));
-        dropped = select(kept, weight, FloatVec::zero());
-        dweight = select(kept, dweight * FloatVec::set1(static_cast<float>(p_.dropout.rescale)), FloatVec::zero());
+        const __mmask16 kept = static_cast<__mmask16>(task.keep[row] >> (step % 2 * 32 + half * 16));
+        dropped = select(kept, weight, zero);
+        dweight = select(kept, dweight * FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero);
       }
-      FloatVec dscore = weight * (dweight - row.delta);
+      FloatVec dscore = weight * (dweight - delta);
       if (kMasked) {
         // An invisible value may be NaN, and so may lse, by a key that this one shares its query with.
         const __mmask16 invisible = eq(score, FloatVec::set1(-kInfinity));
-        dropped = select(invisible, FloatVec::zero(), dropped);
-        dscore = select(invisible, FloatVec::zero(), dscore);
+        dropped = select(invisible, zero, dropped);
+        dscore = select(invisible, zero, dscore);
       }
       if (kRare) {
-        store(ds + half * 16, dscore);
+        if (keeps_ds_) store(cell.ds + row * kKeys + half * 16, dscore);
         // The slope of an invisible score may be NaN.
-        if (p_.softcap != 0) {
-          const __mmask16 none = eq(dscore, FloatVec::zero());
-          dscore = select(none, FloatVec::zero(), dscore * load(task.slope + at + half * 16));
-        }
+        if (p_.softcap != 0) dscore = select(eq(dscore, zero), zero, dscore * load(task.slope + at));
       }
       weights[half] = dropped;
       dscores[half] = dscore;
@@ -311,13 +350,13 @@ class AmxTiles {
     *x = merge_bfloat16(dscores[0], dscores[1]);
   }
 
-  // sum [m_steps * kStep, kKeys] += left * pairs, over `depth` steps of queries.
+  // sum [m_steps * kStep, kKeys] += left * pairs, over `depth` steps of queries; = where the sum is fresh.
   static void add_transposed(Products& products, const char* left, int64_t m_steps, const char* pairs, float* sum,
-                             int64_t steps, int64_t depth) {
+                             int64_t steps, int64_t depth, const bool* fresh) {
     for (int64_t m = 0; m < m_steps; ++m) {
       for (int64_t j = 0; j < steps; ++j) {
         products.run({left + m * kStepBytes, 64, m_steps * kStepBytes, pairs + j * kStepBytes, kTileBytes,
-                      kSteps * kStepBytes, sum + m * kStep * kKeys + j * kStep, kKeys * 4, depth, true});
+                      kSteps * kStepBytes, sum + m * kStep * kKeys + j * kStep, kKeys * 4, depth, !fresh[j]});
       }
     }
   }
@@ -358,26 +397,27 @@ class AmxTiles {
     }
   }
 
-  // Transposes a finished sum [dim, kKeys] and rounds it to its dtype; `rows` is memory for [kStep, kStep] floats.
-  static void write_transposed(const View& view, int64_t batch, int64_t head, Range keys, const float* sum, int64_t dim,
-                               double factor, float* rows) {
+  // Transposes a finished sum [dim, kKeys] and rounds it to its dtype.
+  static void write_sum(const View& view, int64_t batch, int64_t head, Range keys, const Task& task, const float* sum,
+                        int64_t dim, double factor) {
     if (view.data == nullptr) return;
-    for (int64_t key = keys.begin; key < keys.end; key += kStep) {
-      const Range range{key, min(key + kStep, keys.end)};
+    const FloatVec scale = FloatVec::set1(static_cast<float>(factor));
+    for (int64_t column = 0; column < round_up(keys.end - keys.begin, kStep); column += 16) {
+      const int64_t step = column / kStep, begin = keys.begin + step * kStep;
       for (int64_t d = 0; d < dim; d += kStep) {
-        for (int64_t column = 0; column < kStep; column += 16) {
-          for (int64_t half = 0; half < kStep; half += 16) {
-            FloatVec block[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) block[i] = load(sum + (d + half + i) * kKeys + key - keys.begin + column);
-            transpose<float>(block);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) store(rows + key_of(column + i) * kStep + half, block[i]);
+        const auto row = [&](int64_t i) {
+          const int64_t key = begin + key_of(column % kStep + i);
+          return key < keys.end ? row_of<BFloat16>(view, batch, head, key) + d : nullptr;
+        };
+        if (task.fresh[step]) {
+          for (int64_t i = 0; i < 16; ++i) {
+            if (row(i) != nullptr) {
+              _mm512_mask_storeu_epi16(row(i), first_lanes32(dim - d), _mm512_setzero_si512());
+            }
           }
+        } else {
+          write_transposed(row, dim - d, sum + d * kKeys + column, kKeys, scale);
         }
-        View columns = view;
-        columns.data = static_cast<BFloat16*>(view.data) + d;
-        write_rows(columns, batch, head, range, rows, kStep, min(kStep, dim - d), factor);
       }
     }
   }
@@ -389,7 +429,7 @@ class AmxTiles {
   const Scores<float> scores_;
   const float to_log2_;
   Grid grid_;
-  int64_t rows_, dim_steps_, value_steps_;
+  int64_t rows_, dim_steps_, value_steps_, rate_;
   bool wants_ds_, keeps_ds_;
 };
 

@@ -70,7 +70,7 @@ inline void write_rows(const View& view, int64_t batch, int64_t head, Range rows
 //   begin(...)           packs the keys and values of a tile; dK and dV become 0
 //   differentiate(...)   computes P and dS of a block and adds its share of dK and dV
 //   ds(task)             dS of that block [rows, grid().keys], from the tile's first visible column on
-//   add_dq(...)          adds dS K
+//   add_dq(...)          adds dS K, to what is still to be written where it is fresh
 //   end(...)             writes dK and dV
 template <typename Tiles>
 class Backward {
@@ -242,8 +242,12 @@ class Backward {
       if (visible) bias_.add_rows(batch, head, tile.rows, tile.columns, ds);
       if (args_.dq.data != nullptr) {
         C* dq = shared.dq + tile.rows.begin * dq_stride_;
-        if (index == tiles.begin) clear(dq, grid_.rows * dq_stride_);
-        if (visible) tiles_.add_dq(task.tiles, tile, mask, dq);
+        const bool fresh = index == tiles.begin;
+        if (visible) {
+          tiles_.add_dq(task.tiles, tile, mask, dq, fresh);
+        } else if (fresh) {
+          clear(dq, grid_.rows * dq_stride_);
+        }
         if (index == tiles.end - 1) {
           write_rows(args_.dq, batch, head, tile.rows, dq, dq_stride_, p_.head_dim, p_.softmax_scale);
         }
