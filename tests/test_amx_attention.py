@@ -1,0 +1,112 @@
+"""bfloat16 attention on AMX tiles: every edge of its tiles, every branch, and who is served by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import MASKS, Case, assert_as_exact_as_eager, inputs, run
+
+_cpu = pytest.importorskip("fastattn._cpu")
+pytestmark = pytest.mark.skipif("amx" not in _cpu.available_isas(), reason="no AMX here")
+
+# A product is 32 x 32 x 32; a backward tile has 256 queries and 256 keys, a forward tile 32 and 64.
+LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129, 255, 256, 257, 289, 513)
+DIMS = (1, 8, 16, 31, 32, 33, 48, 64, 65, 96, 128, 160)
+
+
+@pytest.fixture(autouse=True)
+def amx() -> Iterator[None]:
+    before = _cpu.isa()
+    _cpu.set_isa("amx")
+    yield
+    _cpu.set_isa(before)
+
+
+def edge_case(seed: int) -> Case:
+    """Returns a call whose sizes lie at the edges of tiles, with features drawn at random."""
+    rng = np.random.default_rng(1000 + seed)
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    heads_kv = pick(1, 2)
+    bias = pick("none", "none", "bias", "relative")
+    return Case(
+        batch=pick(1, 2),
+        heads=(heads_kv * pick(1, 1, 3), heads_kv),
+        seq_len=(int(pick(*LENGTHS)), int(pick(1, *LENGTHS))),
+        head_dim=(int(pick(*DIMS)), int(pick(*DIMS))),
+        mask="+".join(name for name in MASKS if rng.random() < 0.12),
+        bias=tuple(bool(rng.integers(2)) for _ in range(4)) if bias == "bias" else None,
+        relative="learned" if bias == "relative" else "",
+        softcap=pick(None, None, None, 2.0),
+        sinks=pick(False, False, True),
+        dropout_p=pick(0.0, 0.0, 0.25),
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_edges_of_tiles(seed: int) -> None:
+    case = edge_case(seed)
+    found = run(inputs(case, torch.bfloat16).to(torch.bfloat16), "cpu")
+    assert_as_exact_as_eager(found, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("which", ["queries", "keys"])
+def test_each_length(length: int, which: str) -> None:
+    seq_len = (length, 100) if which == "queries" else (100, length)
+    case = Case(batch=1, heads=(2, 1), seq_len=seq_len, head_dim=(64, 64))
+    found = run(inputs(case, torch.bfloat16).to(torch.bfloat16), "cpu")
+    assert_as_exact_as_eager(found, case, torch.bfloat16)
+
+
+AT = 170
+BEFORE, OTHERS, AFTER = torch.arange(AT), torch.arange(300) != AT, torch.arange(AT + 1, 300)
+# Of a causal call: the rows that an element of row AT does not reach, bit for bit.
+UNTOUCHED = {
+    "query": {"out": OTHERS, "dquery": OTHERS, "dkey": AFTER, "dvalue": AFTER},
+    "key": {"out": BEFORE, "dquery": BEFORE},
+    "value": {"out": BEFORE, "dquery": BEFORE, "dvalue": torch.arange(300)},
+    "dout": {"out": torch.arange(300), "dquery": OTHERS, "dkey": AFTER, "dvalue": AFTER},
+}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", UNTOUCHED)
+def test_poison_stays_with_those_who_see_it(where: str, poison: float) -> None:
+    case = Case(batch=1, heads=(2, 2), seq_len=(300, 300), head_dim=(40, 24), mask="causal")
+    results = []
+    for value in (0.5, poison):
+        given = inputs(case, torch.bfloat16).to(torch.bfloat16)
+        with torch.no_grad():
+            (given.dout if where == "dout" else given.leaves[where])[0, 1, AT, 3] = value
+        results.append(run(given, "cpu").named())
+    clean, found = results
+    assert not all(tensor.isfinite().all() for tensor in found.values())
+    for name in ("out", "dquery", "dkey", "dvalue"):
+        assert torch.equal(found[name][:, 0], clean[name][:, 0]), name
+        rows = UNTOUCHED[where].get(name, BEFORE[:0])
+        assert torch.equal(found[name][:, :, rows], clean[name][:, :, rows]), name
+
+
+def test_who_is_served() -> None:
+    """AMX rounds P and dS, AVX-512 does not: their bits differ where AMX serves, and nowhere else."""
+
+    def bits(case: Case, dtype: torch.dtype, isa: str) -> dict[str, torch.Tensor]:
+        _cpu.set_isa(isa)
+        return run(inputs(case, dtype).to(dtype), "cpu").named()
+
+    long, single = Case(seq_len=(70, 90)), Case(heads=(4, 1), seq_len=(1, 90))
+    for case, dtype, served in (
+        (long, torch.bfloat16, True),
+        (long, torch.float16, False),
+        (long, torch.float32, False),
+        (single, torch.bfloat16, False),
+    ):
+        amx, avx512 = (bits(case, dtype, isa) for isa in ("amx", "avx512"))
+        for name in ("dquery", "dkey", "dvalue"):
+            assert torch.equal(amx[name], avx512[name]) != served, (case, dtype, name)
