@@ -465,7 +465,7 @@ void register_feed_forward(py::module_& m) {
         const FeedForwardProblem& p = args.problem;
         args.out = read_matrix(out, p.tokens, p.out_dim, p.dtype);
         py::gil_scoped_release release;
-        FASTATTN_DISPATCH(feed_forward, args);
+        FASTATTN_DISPATCH_AMX(feed_forward, args);
       },
       "Writes out [tokens, out_dim] of a spec.FeedForwardCall with input [tokens, model_dim], not float64.");
   m.def(

@@ -34,5 +34,6 @@ struct FeedForwardArgs {
 };
 
 FASTATTN_DECLARE(void feed_forward(const FeedForwardArgs& args))
+FASTATTN_DECLARE_AMX(feed_forward, FeedForwardArgs)
 
 }  // namespace fastattn

@@ -24,22 +24,13 @@
 
 #include "activation.h"
 #include "feed_forward_backward.h"
+#include "feed_forward_groups.h"
 #include "panel.h"
 #include "parallel.h"
 #include "philox.h"
 #include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
-
-// A product in float32: element (i, j) stands at data[j / kColumns * block + i * row + j % kColumns].
-template <int64_t kColumns>
-struct ProductResult {
-  float* data;
-  int64_t row, block;
-  ProductResult at(int64_t i, int64_t j) const {
-    return {data + j / kColumns * block + i * row + j % kColumns, row, block};
-  }
-};
 
 // Adds up vectors of float in double: a gradient of a bias is one long sum, of which PyTorch too loses next to nothing.
 class DoubleSum {
@@ -65,53 +56,36 @@ class DoubleSum {
 template <typename T, typename Engine>
 class FeedForwardGradients {
  public:
-  explicit FeedForwardGradients(const FeedForwardBackwardArgs& args) : args_(args), p_(args.problem) {
+  // Tasks follow each other a part of a block apart: many threads want many blocks.
+  explicit FeedForwardGradients(const FeedForwardBackwardArgs& args)
+      : args_(args),
+        p_(args.problem),
+        blocks_(
+            token_blocks<Engine>(p_.tokens, max(p_.model_dim, p_.out_dim), max_threads() > 1 ? 2 * max_threads() : 1)),
+        dx_(args.dinput, p_.tokens, p_.model_dim, blocks_) {
     gated_ = p_.weight_gate.data != nullptr;
     wants_dx_ = args.dinput.data != nullptr;
     wants_dhidden_ = wants_dx_ || args.dweight_in.data != nullptr || args.dbias_in != nullptr ||
                      args.dweight_gate.data != nullptr || args.dbias_gate != nullptr;
-    const int64_t threads = max_threads();
-    const int64_t fit = kCacheBytes / (Engine::kBytes * max(p_.model_dim, p_.out_dim));
-    // Tasks follow each other a part of a block apart: many threads want many blocks.
-    const int64_t split = threads > 1 ? p_.tokens / (2 * threads) : kMostTokens;
-    const int64_t most = max(min(min(fit, split), kMostTokens) / kDepth, 1) * kDepth;
-    blocks_ = ceil_div(p_.tokens, most);
-    block_ = blocks_ == 1 ? round_up(p_.tokens, kRows) : round_up(ceil_div(p_.tokens, blocks_), kDepth);
-    blocks_ = ceil_div(p_.tokens, block_);
-    subblocks_ = ceil_div(p_.ff_dim, kUnits);
   }
 
   // Returns whether the Engine could pack all there was to multiply; if not, the gradients are void.
   bool run() {
     if (args_.dbias_out != nullptr) sum_dout();
     if (!wants_dhidden_ && args_.dweight_out.data == nullptr) return true;
-    const int64_t threads = max_threads(), one = task_bytes(1), more = task_bytes(2) - one;
-    // What is packed for a single block of tokens gains nothing from company that drives it out of the cache.
-    const int64_t fit = blocks_ == 1 ? (kCacheBytes - one) / more + 1 : max((kTaskBytes - one) / more + 1, 2);
-    // As many tasks as threads, or a multiple of it.
-    int64_t tasks = ceil_div(subblocks_, max(min(fit, kMostUnits / kUnits), 1));
-    tasks = subblocks_ >= threads ? min(round_up(tasks, threads), subblocks_) : subblocks_;
-    const int64_t group = ceil_div(subblocks_, tasks);
-
-    // dx is added up where it is to stand if that is float32 and whole tiles fit.
-    owns_dx_ = wants_dx_ && (sizeof(T) < sizeof(float) || p_.model_dim % kColumns != 0 || p_.tokens % kRows != 0);
-    const int64_t dx_row = round_up(p_.model_dim, kColumns);
-    const int64_t dx_size = owns_dx_ ? round_up(p_.tokens, kRows) * dx_row : 0;
-    const size_t bytes = static_cast<size_t>(dx_size) * sizeof(float) + static_cast<size_t>(blocks_) * sizeof(int32_t);
-    Carver shared(scratch(Scratch::kShared, bytes + 2 * 64));
-    turn_ = shared.take<int32_t>(blocks_);
-    for (int64_t block = 0; block < blocks_; ++block) turn_[block] = 0;
-    dx_ = {owns_dx_ ? shared.take<float>(dx_size) : static_cast<float*>(args_.dinput.data),
-           owns_dx_ ? dx_row : args_.dinput.row_stride, kColumns};
-
+    const auto bytes = [&](int64_t subblocks) { return measure([&](Carver& carver) { carve(carver, subblocks); }); };
+    const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, blocks_.count, max_threads(), bytes);
+    Carver shared(scratch(Scratch::kShared, static_cast<size_t>(measure([&](Carver& carver) { dx_.carve(carver); }))));
+    dx_.carve(shared);
+    dx_.start();
     const double work = static_cast<double>(p_.tokens) * static_cast<double>(p_.ff_dim) *
                         static_cast<double>(p_.model_dim + p_.out_dim);
     const auto prepare = [&] {
-      Carver carver(scratch(Scratch::kThread, static_cast<size_t>(task_bytes(group))));
-      return carve(carver, group);
+      Carver carver(scratch(Scratch::kThread, static_cast<size_t>(bytes(groups.group))));
+      return carve(carver, groups.group);
     };
-    parallel_in_order(tasks, work, prepare, [&](const Task& task, int64_t index) {
-      run_task(task, index * subblocks_ / tasks, (index + 1) * subblocks_ / tasks, index, index == tasks - 1);
+    parallel_in_order(groups.tasks, work, prepare, [&](const Task& task, int64_t index) {
+      run_task(task, groups.begin(index), groups.begin(index + 1), index, index == groups.tasks - 1);
     });
     return packed_;
   }
@@ -121,11 +95,6 @@ class FeedForwardGradients {
   using Right = typename Engine::Right;
   using Result = ProductResult<Engine::kColumns>;
   static constexpr int64_t kUnits = Engine::kUnits, kColumns = Engine::kColumns, kRows = Engine::kRows;
-  static constexpr int64_t kDepth = Engine::kDepth;
-  static constexpr int64_t kMostTokens = 512;                 // of a block
-  static constexpr int64_t kMostUnits = 512;                  // of a group: every one packs all tokens
-  static constexpr int64_t kCacheBytes = int64_t{768} << 10;  // a good part of a second-level cache
-  static constexpr int64_t kTaskBytes = int64_t{16} << 20;
 
   // What one thread needs for a task: packed operands, and sums in float32.
   struct Task {
@@ -146,7 +115,7 @@ class FeedForwardGradients {
     Task task;
     const int64_t group = subblocks * kUnits;
     const auto floats = [&](int64_t count) { return carver.template take<float>(count); };
-    const auto by_rows = [&] { return Result{floats(block_ * group), group, kColumns}; };
+    const auto by_rows = [&] { return Result{floats(blocks_.size * group), group, kColumns}; };
     // A block of columns after the other, so that they are read and written from first to last.
     const auto by_columns = [&](int64_t n) {
       const int64_t rows = round_up(n, max(kRows, FloatVec::kWidth));
@@ -156,18 +125,18 @@ class FeedForwardGradients {
     task.in_t = Engine::take_right(carver, p_.model_dim, group);
     task.out = Engine::take_right(carver, p_.out_dim, group);
     task.in = Engine::take_right(carver, joined(group), p_.model_dim);
-    task.x = Engine::take_left(carver, block_, p_.model_dim);
-    task.x_t = Engine::transposed(task.x, block_);
-    task.dout = Engine::take_left(carver, block_, p_.out_dim);
-    task.dout_t = Engine::transposed(task.dout, block_);
-    task.dbefore = Engine::take_left(carver, block_, joined(group));
-    task.right = Engine::take_right(carver, block_, kUnits);
+    task.x = Engine::take_left(carver, blocks_.size, p_.model_dim);
+    task.x_t = Engine::transposed(task.x, blocks_.size);
+    task.dout = Engine::take_left(carver, blocks_.size, p_.out_dim);
+    task.dout_t = Engine::transposed(task.dout, blocks_.size);
+    task.dbefore = Engine::take_left(carver, blocks_.size, joined(group));
+    task.right = Engine::take_right(carver, blocks_.size, kUnits);
     task.before = by_rows();
     task.dhidden = by_rows();
     task.dweight_in_t = by_columns(p_.model_dim);
     task.dweight_out = by_columns(p_.out_dim);
     task.dbias_in = carver.template take<double>(group);
-    task.keep = carver.template take<uint64_t>(block_);
+    task.keep = carver.template take<uint64_t>(blocks_.size);
     if (gated_) {
       task.gate_t = Engine::take_right(carver, p_.model_dim, group);
       task.gate_sum = by_rows();
@@ -176,27 +145,18 @@ class FeedForwardGradients {
     }
     return task;
   }
-  int64_t task_bytes(int64_t subblocks) const {
-    char* const nowhere = reinterpret_cast<char*>(uintptr_t{64});  // measured, never touched
-    Carver carver(nowhere);
-    carve(carver, subblocks);
-    return carver.next() - nowhere;
-  }
 
   // The hidden units of sub-blocks [begin, end) against all tokens.
   void run_task(const Task& task, int64_t begin, int64_t end, int64_t turn, bool last) const {
     const int64_t first = begin * kUnits, units = min(end * kUnits, p_.ff_dim) - first;
     pack_weights(task, first, units);
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const int64_t token = block * block_, tokens = min(block_, p_.tokens - token);
+    for (int64_t block = 0; block < blocks_.count; ++block) {
+      const int64_t token = block * blocks_.size, tokens = min(blocks_.size, p_.tokens - token);
       differentiate(task, first, units, token, tokens);
       if (wants_dx_) {
-        // All else needs no order: threads meet here alone.
-        wait_for_turn(turn_ + block, turn);
-        const Result dx = dx_.at(token, 0);
-        Engine::product(tokens, p_.model_dim, joined(units), task.dbefore, task.in, dx, turn == 0);
-        if (last && owns_dx_) write_dx(token, tokens);
-        pass_turn(turn_ + block);
+        dx_.add(block, turn, last, nullptr, [&](const Result& dx) {
+          Engine::product(tokens, p_.model_dim, joined(units), task.dbefore, task.in, dx, turn == 0);
+        });
       }
     }
     write_weights(task, first, units);
@@ -332,12 +292,6 @@ class FeedForwardGradients {
     return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
   }
 
-  void write_dx(int64_t token, int64_t tokens) const {
-    for (int64_t t = token; t < token + tokens; ++t) {
-      round(static_cast<T*>(args_.dinput.data) + t * args_.dinput.row_stride, dx_.at(t, 0), p_.model_dim);
-    }
-  }
-
   void write_weights(const Task& task, int64_t first, int64_t units) const {
     if (args_.dweight_in.data != nullptr) write_transposed(args_.dweight_in, first, units, task.dweight_in_t);
     if (args_.dweight_gate.data != nullptr) write_transposed(args_.dweight_gate, first, units, task.dweight_gate_t);
@@ -401,12 +355,9 @@ class FeedForwardGradients {
 
   const FeedForwardBackwardArgs& args_;
   const FeedForwardProblem& p_;
+  const TokenBlocks blocks_;
+  TurnSum<T, Engine> dx_;
   bool gated_, wants_dx_, wants_dhidden_;
-  int64_t block_, blocks_;   // tokens of a block, and how many there are
-  int64_t subblocks_;        // of kUnits hidden units
-  Result dx_{};              // [tokens, model_dim]
-  bool owns_dx_ = false;     // dx_ is not dinput itself
-  int32_t* turn_ = nullptr;  // [blocks]: which task's turn it is to add to dx
   mutable bool packed_ = true;
 };
 

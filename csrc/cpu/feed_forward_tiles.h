@@ -18,6 +18,12 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// How many bfloat16 an element of a dtype is cut into.
+template <typename T>
+constexpr int kPiecesOf = std::is_same_v<T, BFloat16>  ? 1
+                          : std::is_same_v<T, Float16> ? 2
+                                                       : 3;
+
 template <int kPieces>
 class TileEngine {
  public:
