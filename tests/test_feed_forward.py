@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,6 @@ from exactness import assert_as_exact_as_eager
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import cpu
 from fastattn.reference.philox import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -220,9 +221,7 @@ def test_only_the_gradients_asked_for(backend, wanted):
 @pytest.mark.parametrize("backend", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_same_bits_at_any_thread_count(backend, dtype):
-    # PyTorch's AMX products of a longer inner dimension depend on the number of threads.
-    tokens, ff_dim = (300, 640) if dtype == torch.bfloat16 else (1500, 1280)
-    inputs = tensors((tokens,), 96, ff_dim, dtype=dtype)
+    inputs = tensors((1500,), 96, 1280, dtype=dtype)
     before = torch.get_num_threads()
     results = []
     try:
@@ -364,28 +363,45 @@ def test_bad_input(arguments, error, message):
         fastattn.feed_forward(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype", "expected"),
-    [
-        ((), torch.float32, False),
-        (("amx_bf16", "amx_tile"), torch.float32, False),
-        (("amx_bf16", "amx_tile"), torch.bfloat16, True),
-        (("avx512_bf16",), torch.bfloat16, False),
-        ((), torch.bfloat16, False),
-        (("amx_bf16",), torch.float16, False),
-        ((), torch.float64, True),
-    ],
+@pytest.mark.skipif("amx" not in ISAS, reason="needs AMX")
+@pytest.mark.parametrize("name", ["input", "weight_in", "weight_gate", "weight_out"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_has_no_pieces_takes_the_other_kernel(name, value, dtype):
+    """float32 and float16 reach AMX in pieces: what is not finite, or rounds to it, goes to AVX-512 as a whole."""
+    inputs = tensors((50,), 40, 70, dtype=dtype)
+    inputs[name][7, 9] = value
+    found = {}
+    for isa in ("amx", "avx512"):
+        _cpu.set_isa(isa)
+        found[isa] = run(inputs, fused(activation="silu", backend="cpu"))
+    _cpu.set_isa(ISAS[-1])
+    for tensor, expected in zip(found["amx"].values(), found["avx512"].values(), strict=True):
+        assert torch.equal(tensor.nan_to_num(1.0, 2.0, 3.0), expected.nan_to_num(1.0, 2.0, 3.0))
+
+
+@pytest.mark.skipif(
+    _cpu is None or sys.platform != "linux", reason="needs the extension and the kernel's high-water mark"
 )
-def test_products_go_through_torch_where_amx_is(flags, dtype, expected):
-    assert cpu.uses_torch_products(flags, dtype) is expected
-
-
-@pytest.mark.skipif(_cpu is None, reason="needs the extension")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_both_routes_are_exact(dtype, monkeypatch):
-    """The route that this machine's flags do not choose is tested too."""
-    inputs = tensors((150,), 40, 100, dtype=dtype)
-    exact, stock = run(doubled(inputs), eager("gelu")), run(inputs, eager("gelu"))
-    for route in (True, False) if dtype != torch.float64 else (True,):
-        monkeypatch.setattr(cpu, "uses_torch_products", lambda flags, dtype, route=route: route)
-        assert_as_exact_as_eager(run(inputs, fused(activation="gelu", backend="cpu")), exact, stock)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory(dtype):
+    """Neither direction holds [tokens, ff_dim], nor float32 copies of the weights: here 134 MB and 34 MB."""
+    code = f"""
+import torch, fastattn
+from fastattn.tools.measure import peak_memory
+torch.set_num_threads(2)
+make = lambda *shape: torch.randn(*shape, dtype=torch.{dtype}, requires_grad=True)
+def step(tokens, width):
+    leaves = make(tokens, 128), make(width, 128), make(width), make(128, width), make(128)
+    def run():
+        out = fastattn.feed_forward(*leaves, activation="gelu", backend="cpu")
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+    return run
+step(8, 8)()
+results = []
+run = step(1024, 32768)
+peak = peak_memory(lambda: results.extend(run()))
+print(peak - sum(t.numel() * t.element_size() for t in results))
+"""
+    excess = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert excess < 30e6

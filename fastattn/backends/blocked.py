@@ -1,7 +1,6 @@
 """Feed-forward and linear + cross entropy on PyTorch's matrix products, a block at a time.
 
-Serves the CPU backend where PyTorch's product is the best there is: bfloat16 on a processor with AMX, float64, and the
-large products of the loss.  Nothing here holds [tokens, ff_dim] or [tokens, vocab_size].
+Serves the CPU backend where it has no products of its own: the feed-forward in float64, and the loss.  Nothing here holds [tokens, ff_dim] or [tokens, vocab_size].
 """
 
 from __future__ import annotations
@@ -18,11 +17,8 @@ from fastattn.spec.attention import lse_dtype
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 
-# Elements of a block of hidden activations.  Forward it is as large as memory should allow: on AMX a product is so fast
-# that cutting it up costs more than the caches save.  Backward three such blocks are read by products that sum over its
-# tokens, which want them long.
-_FORWARD_BLOCK = 1 << 24
-_BACKWARD_BLOCK = 1 << 22
+# Elements of a block of hidden activations.
+_HIDDEN_BLOCK = 1 << 22
 
 # Classes and elements of a block of logits.
 _VOCAB_BLOCK = 4096
@@ -45,7 +41,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     x = call.input.reshape(call.num_tokens, -1)
     parts = [
         F.linear(_hidden(call, x[rows], rows)[0], call.weight_out, call.bias_out)
-        for rows in _blocks(call.num_tokens, _FORWARD_BLOCK // call.ff_dim)
+        for rows in _blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim)
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(*call.input.shape[:-1], out.shape[1])
@@ -58,7 +54,7 @@ def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[
     dx = torch.empty_like(x) if need_x else None
     dweight_in, dweight_gate, dweight_out = _Sum(), _Sum(), _Sum()
     dbias_in, dbias_gate, dbias_out = _Sum(), _Sum(), _Sum()
-    for rows in _blocks(call.num_tokens, _BACKWARD_BLOCK // call.ff_dim):
+    for rows in _blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim):
         hidden, before, gate, keep = _hidden(call, x[rows], rows)
         dhidden = _product(dout[rows], call.weight_out)
         if keep is not None:

@@ -64,7 +64,7 @@ class CpuBackend(Backend):
         return result, indices
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
-        if uses_torch_products(cpu_flags(), call.input.dtype):
+        if call.input.dtype == torch.float64:
             return blocked.feed_forward(call)
         out = feed_forward_spec.empty_output(call)
         kernels().feed_forward(_rows_contiguous(call), out.view(call.num_tokens, -1))
@@ -150,22 +150,14 @@ def _rows_contiguous(call: FeedForwardCall) -> FeedForwardCall:
     return call._replace(**copied) if copied else call
 
 
-def uses_torch_products(flags: Collection[str], dtype: torch.dtype) -> bool:
-    """Whether matrix products of ``dtype`` go through PyTorch rather than this backend's kernels.
-
-    AMX multiplies bfloat16 several times as fast as any AVX-512 instruction and only PyTorch's kernels use it; float64
-    has no kernel of ours.
+def product_dtype(flags: Collection[str], dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which PyTorch multiplies inputs of ``dtype`` best: half precision is widened without AMX.
 
     Args:
         flags: the processor's, as :func:`cpu_flags` returns them.
         dtype: of the inputs.
     """
-    return dtype == torch.float64 or (dtype == torch.bfloat16 and "amx_bf16" in flags)
-
-
-def product_dtype(flags: Collection[str], dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which PyTorch multiplies inputs of ``dtype`` best: half precision is widened without AMX."""
-    if dtype in (torch.float32, torch.float64) or uses_torch_products(flags, dtype):
+    if dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and "amx_bf16" in flags):
         return dtype
     return torch.float32
 

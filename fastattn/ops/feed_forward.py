@@ -62,8 +62,8 @@ def feed_forward(
         TypeError: dtypes or devices do not fit.
         UnsupportedError: the backend asked for cannot serve the call.
 
-    Differs from ``F.linear(act(F.linear(...)))``: in half precision the hidden activation stays in float32 (where AMX
-    multiplies it is rounded as PyTorch rounds it), and autograd stores the input alone and recomputes.
+    Differs from ``F.linear(act(F.linear(...)))``: in half precision the hidden activation stays in float32 (in
+    bfloat16 on AMX it is rounded as PyTorch rounds it), and autograd stores the input alone and recomputes.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve
     Transformer", 2020.
