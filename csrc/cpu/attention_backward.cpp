@@ -100,20 +100,20 @@ class PanelTiles {
     const int64_t q_panel = panel_size<C>(rows_);
     const bool finite = load_rows(task, tile);
     const C* k_t = task.k_t + offset / kPanelWidth<C> * panel_size<C>(p_.head_dim);
-    multiply(height, width, p_.head_dim, task.q, p_.head_dim, 1, k_t, panel_size<C>(p_.head_dim),
-             [&](int64_t i, int64_t j, Vec<C> value) { store(task.p + i * kKeys + j, value); });
+    multiply_along_dim(height, width, p_.head_dim, task.q, p_.head_dim, k_t, task.p, kKeys);
     scores_.finish(task.p, kKeys, tile.batch, tile.head, tile.rows, tile.columns, tile.masked, mask,
                    p_.softcap != 0 ? task.dx : nullptr);
     if (wants_ds_) {
       const C* v_t = task.v_t + offset / kPanelWidth<C> * panel_size<C>(p_.head_dim_v);
-      multiply(height, width, p_.head_dim_v, task.dout, v_stride_, 1, v_t, panel_size<C>(p_.head_dim_v),
-               [&](int64_t i, int64_t j, Vec<C> value) { store(task.ds + i * kKeys + j, value); });
+      multiply_along_dim(height, width, p_.head_dim_v, task.dout, v_stride_, v_t, task.ds, kKeys);
     }
     const bool drops = p_.dropout.threshold != 0;
     if (tile.masked) {
-      drops ? softmax_backward<true, true>(task, shared, tile) : softmax_backward<true, false>(task, shared, tile);
+      drops ? softmax_backward<true, true>(task, shared, tile, mask)
+            : softmax_backward<true, false>(task, shared, tile, mask);
     } else {
-      drops ? softmax_backward<false, true>(task, shared, tile) : softmax_backward<false, false>(task, shared, tile);
+      drops ? softmax_backward<false, true>(task, shared, tile, mask)
+            : softmax_backward<false, false>(task, shared, tile, mask);
     }
     if (p_.softcap != 0 && wants_ds_) apply_slope(task, height, width);
 
@@ -163,8 +163,12 @@ class PanelTiles {
 
   // From scores and gradients of the (dropped) probabilities to (dropped) probabilities and gradients of the scores.
   // The survivors' rescaling is left to the end in dV.
+  //
+  // A row all of whose keys are in the tile makes its own delta, sum(P dP), from what dS is made of: where few keys
+  // share the weight, dP - delta cancels, and it must be the rounded dP that do.
   template <bool kMasked, bool kDrops>
-  void softmax_backward(const Task& task, const BackwardHead<C>& shared, const BackwardTile& tile) const {
+  void softmax_backward(const Task& task, const BackwardHead<C>& shared, const BackwardTile& tile,
+                        const Mask& mask) const {
     constexpr int W = Vec<C>::kWidth;
     const Vec<C> hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff()));
     const Vec<C> rescale = Vec<C>::set1(static_cast<C>(p_.dropout.rescale));
@@ -173,29 +177,45 @@ class PanelTiles {
       C *p = task.p + i * kKeys, *ds = task.ds + i * kKeys;
       const int64_t row = tile.rows.begin + i;
       const Vec<C> shift = Vec<C>::set1(shared.shift[row]), factor = Vec<C>::set1(shared.factor[row]);
-      const Vec<C> delta = Vec<C>::set1(shared.delta[row]);
-      uint64_t keep = 0;
+      uint64_t keep[kKeys / 64];
+      Vec<C> sum = Vec<C>::zero();
       for (int64_t j = 0; j < tile.width(); j += W) {
         if (kDrops && j % 64 == 0) {
-          keep = dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(row),
-                                   static_cast<uint64_t>(tile.columns.begin + j));
+          keep[j / 64] = dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(row),
+                                           static_cast<uint64_t>(tile.columns.begin + j));
         }
         const Vec<C> score = load(p + j);
-        Vec<C> weight = exp2(score - shift) * factor, dweight = load(ds + j);
-        Vec<C> dropped = weight;
+        Vec<C> weight = exp2_of_difference(score, shift) * factor, dweight = load(ds + j);
         if (kDrops) {
-          const auto kept = mask_from_bits<C>(keep >> (j % 64));
-          dropped = select(kept, weight, Vec<C>::zero());
+          const auto kept = mask_from_bits<C>(keep[j / 64] >> (j % 64));
           dweight = select(kept, dweight * rescale, Vec<C>::zero());
         }
-        Vec<C> dscore = weight * (dweight - delta);
         if (kMasked) {
           // An invisible value may be NaN, and so may lse, by a key that this one shares its query with.
           const auto invisible = eq(score, hidden);
+          weight = select(invisible, Vec<C>::set1(C(-1)), weight);  // to be known again
+          dweight = select(invisible, Vec<C>::zero(), dweight);
+        }
+        sum = fma(weight, dweight, sum);
+        store(p + j, weight);
+        store(ds + j, dweight);
+      }
+      const Range seen = mask.k_range(row, row + 1);
+      const bool alone = tile.columns.begin <= seen.begin && seen.end <= tile.columns.end;
+      const Vec<C> delta = Vec<C>::set1(alone ? reduce_add(sum) : shared.delta[row]);
+      const Vec<C> dlse = Vec<C>::set1(
+          alone && args_.dlse != nullptr ? static_cast<C>(args_.dlse[static_cast<int64_t>(slice) * p_.seq_len_q + row])
+                                         : C(0));
+      for (int64_t j = 0; j < tile.width(); j += W) {
+        const Vec<C> weight = load(p + j);
+        Vec<C> dropped = weight, dscore = weight * (load(ds + j) - delta + dlse);
+        if (kDrops) dropped = select(mask_from_bits<C>(keep[j / 64] >> (j % 64)), weight, Vec<C>::zero());
+        if (kMasked) {
+          const auto invisible = lt(weight, Vec<C>::zero());
           dropped = select(invisible, Vec<C>::zero(), dropped);
           dscore = select(invisible, Vec<C>::zero(), dscore);
         }
-        store(p + j, dropped);
+        if (kDrops || kMasked) store(p + j, dropped);
         store(ds + j, dscore);
       }
     }

@@ -32,7 +32,7 @@ struct BackwardTile {
 template <typename C>
 struct BackwardHead {
   C* dq;          // [blocks * grid.rows, dq_stride], before the scale
-  C* shift;       // [seq_len_q]: a probability is exp2(score in powers of two - shift) * factor, as RowScale has them
+  C* shift;       // [seq_len_q]: what makes a score a probability: see RowScale
   C* factor;      // [seq_len_q]
   C* delta;       // [seq_len_q]: sum(dout * out) - dlse
   int32_t* turn;  // [blocks]: which tile's turn it is to add to dq
@@ -164,7 +164,7 @@ class Backward {
     const double* lse = args_.lse + slice * p_.seq_len_q;
     shared.turn[block] = 0;
     double sink = 0, sink_sum = 0;
-    if (args_.dsinks != nullptr) sink = read_sink(head);
+    if (p_.sinks.data != nullptr) sink = read_sink(head);
     visit(p_.q.dtype, [&](auto type) {
       using T = typename decltype(type)::Type;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -179,9 +179,11 @@ class Backward {
         shared.factor[i] = scale.factor;
         const bool empty = lse[i] == -__builtin_inf();
         const double dlse = args_.dlse != nullptr ? args_.dlse[slice * p_.seq_len_q + i] : 0.0;
-        const double delta = empty ? 0.0 : static_cast<double>(reduce_add(sum)) - dlse;
+        const double dot = static_cast<double>(reduce_add(sum)), delta = empty ? 0.0 : dot - dlse;
         shared.delta[i] = static_cast<C>(delta);
-        if (args_.dsinks != nullptr && !empty) sink_sum -= __builtin_exp(sink - lse[i]) * delta;
+        const double sink_weight = p_.sinks.data == nullptr || empty ? 0.0 : __builtin_exp(sink - lse[i]);
+        sink_sum -= sink_weight * delta;
+        bias_.row_sum(slice, i, sink_weight, empty ? 0.0 : dot, empty ? 0.0 : dlse);
       }
     });
     if (args_.dsinks != nullptr) sink_sums_[slice * grid_.blocks + block] = sink_sum;
@@ -239,7 +241,6 @@ class Backward {
     if (in_turn) {
       // The products before this one need no order: threads meet here alone.
       wait_for_turn(shared.turn + block, index - tiles.begin);
-      if (visible) bias_.add_rows(batch, head, tile.rows, tile.columns, ds);
       if (args_.dq.data != nullptr) {
         C* dq = shared.dq + tile.rows.begin * dq_stride_;
         const bool fresh = index == tiles.begin;

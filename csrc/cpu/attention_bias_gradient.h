@@ -2,8 +2,8 @@
 // each dimension it is broadcast along, and of a relative bias, summed along diagonals.
 //
 // Each sum has one order, whatever the threads: within a tile, then over tiles, then over heads. A bias with a row for
-// each query and a column for each key is added to in place; all other sums are kept a head apart, O(seq_len), and
-// reduced at the end, in double.
+// each query and a column for each key is added to in place; all other sums are kept a head apart, O(seq_len), in
+// double beyond a tile, and reduced at the end. A bias that is the same for all keys needs no scores: see row_sum().
 #pragma once
 
 #include "attention_backward.h"
@@ -37,17 +37,18 @@ class BiasGradient {
 
   // Memory of the whole call, and of one thread for a task of `group` heads.
   int64_t shared_bytes() const {
-    return round_up(turns() * sizeof(int32_t), 64) + round_up(sums() * sizeof(C), 64) +
-           round_up(diagonal_turns() * sizeof(int32_t), 64) + round_up(diagonal_sums() * sizeof(C), 64);
+    return round_up(turns() * sizeof(int32_t), 64) + round_up(sums() * sizeof(double), 64) +
+           round_up(diagonal_turns() * sizeof(int32_t), 64) + round_up(diagonal_sums() * sizeof(double), 64);
   }
   int64_t task_bytes(int64_t group) const {
-    return round_up(group * column_room() * sizeof(C), 64) + round_up(group * diagonal_room() * sizeof(C), 64);
+    return round_up(group * column_room() * sizeof(double), 64) +
+           round_up(group * diagonal_room() * sizeof(double), 64) + round_up(band_room() * sizeof(C), 64);
   }
   void carve_shared(Carver& carver) {
     turns_ = carver.take<int32_t>(turns());
-    sums_ = carver.take<C>(sums());
+    sums_ = carver.take<double>(sums());
     diagonal_turns_ = carver.take<int32_t>(diagonal_turns());
-    diagonal_sums_ = carver.take<C>(diagonal_sums());
+    diagonal_sums_ = carver.take<double>(diagonal_sums());
     for (int64_t i = 0; i < turns(); ++i) turns_[i] = 0;
     for (int64_t i = 0; i < sums(); ++i) sums_[i] = 0;
     for (int64_t i = 0; i < diagonal_turns(); ++i) diagonal_turns_[i] = 0;
@@ -56,13 +57,15 @@ class BiasGradient {
 
   // One thread's sums over the tiles of one task: all the query blocks of `group` heads against one tile of keys.
   struct Task {
-    C* columns;    // [group, grid.keys]
-    C* diagonals;  // [group, seq_len_q - 1 + grid.keys]
+    double* columns;    // [group, grid.keys]
+    double* diagonals;  // [group, seq_len_q - 1 + grid.keys]
+    C* band;            // [grid.rows - 1 + grid.keys]: the diagonals of one tile
   };
   Task carve_task(Carver& carver, int64_t group) const {
     Task task;
-    task.columns = carver.take<C>(group * column_room());
-    task.diagonals = carver.take<C>(group * diagonal_room());
+    task.columns = carver.take<double>(group * column_room());
+    task.diagonals = carver.take<double>(group * diagonal_room());
+    task.band = carver.take<C>(band_room());
     return task;
   }
   void begin_task(const Task& task, int64_t group) const {
@@ -78,33 +81,32 @@ class BiasGradient {
     const int64_t offset = columns.begin - tile * grid_.keys;
     const int64_t width = columns.end - columns.begin, height = rows.end - rows.begin;
     if (kind_ == Kind::kColumns) {
-      C* to = task.columns + in_group * grid_.keys + offset;
+      double* to = task.columns + in_group * grid_.keys + offset;
       for_each_vec<C>(width, [&](int64_t j, auto n) {
         Vec<C> sum = Vec<C>::zero();
         for (int64_t i = 0; i < height; ++i) sum = sum + load_n(ds + i * grid_.keys + j, n);
-        store_n(to + j, load_n(to + j, n) + sum, n);
+        C lanes[Vec<C>::kWidth];
+        store(lanes, sum);
+        for (int k = 0; k < n; ++k) to[j + k] += static_cast<double>(lanes[k]);
       });
     }
     if (relative_.data != nullptr) {
-      C* last = task.diagonals + in_group * diagonal_room() + p_.seq_len_q - 1 + offset;
+      const int64_t diagonals = height - 1 + width;
+      for (int64_t d = 0; d < diagonals; ++d) task.band[d] = 0;
       for (int64_t i = 0; i < height; ++i) {
-        C* to = last - (rows.begin + i);
+        C* to = task.band + height - 1 - i;
         const C* from = ds + i * grid_.keys;
         for_each_vec<C>(width, [&](int64_t j, auto n) { store_n(to + j, load_n(to + j, n) + load_n(from + j, n), n); });
       }
+      double* to = task.diagonals + in_group * diagonal_room() + p_.seq_len_q - rows.end + offset;
+      for (int64_t d = 0; d < diagonals; ++d) to[d] += static_cast<double>(task.band[d]);
     }
   }
 
-  // Adds the sums of rows of a tile; called in the order of the tiles.
-  void add_rows(int64_t batch, int64_t head, Range rows, Range columns, const C* ds) const {
-    if (kind_ != Kind::kRows) return;
-    C* to = sums_ + (batch * p_.num_heads_q + head) * p_.seq_len_q + rows.begin;
-    for (int64_t i = 0; i < rows.end - rows.begin; ++i) {
-      Vec<C> sum = Vec<C>::zero();
-      for_each_vec<C>(columns.end - columns.begin,
-                      [&](int64_t j, auto n) { sum = sum + load_n(ds + i * grid_.keys + j, n); });
-      to[i] += reduce_add(sum);
-    }
+  // Takes the sum of a row's gradients, for a bias that is the same for all its keys. They need not be added up: with
+  // D = sum(dout * out), sum_j P_j (dP_j - D + dlse) = D - (1 - P_sink) (D - dlse).
+  void row_sum(int64_t slice, int64_t row, double sink_weight, double d, double dlse) const {
+    if (kind_ == Kind::kRows) sums_[slice * p_.seq_len_q + row] = sink_weight * d + (1.0 - sink_weight) * dlse;
   }
 
   // Hands a task's sums over to those of its heads.
@@ -116,11 +118,10 @@ class BiasGradient {
         for (int64_t j = 0; j < width; ++j) sums_[slice * p_.seq_len_k + begin + j] = task.columns[g * grid_.keys + j];
       }
       if (relative_.data != nullptr) {
-        const C* from = task.diagonals + g * diagonal_room();
-        C* to = diagonal_sums_ + slice * diagonals_ + begin;
+        const double* from = task.diagonals + g * diagonal_room();
+        double* to = diagonal_sums_ + slice * diagonals_ + begin;
         wait_for_turn(diagonal_turns_ + slice, tile);
-        for_each_vec<C>(p_.seq_len_q - 1 + width,
-                        [&](int64_t d, auto n) { store_n(to + d, load_n(to + d, n) + load_n(from + d, n), n); });
+        for (int64_t d = 0; d < p_.seq_len_q - 1 + width; ++d) to[d] += from[d];
         pass_turn(diagonal_turns_ + slice);
       }
     }
@@ -147,6 +148,7 @@ class BiasGradient {
   int64_t diagonal_sums() const { return relative_.data != nullptr ? heads_ * diagonals_ : 0; }
   int64_t column_room() const { return kind_ == Kind::kColumns ? grid_.keys : 0; }
   int64_t diagonal_room() const { return relative_.data != nullptr ? p_.seq_len_q - 1 + grid_.keys : 0; }
+  int64_t band_room() const { return relative_.data != nullptr ? grid_.rows - 1 + grid_.keys : 0; }
 
   // The first head of those that share a place writes it, the others add to it.
   void add_dense(int64_t batch, int64_t head, Range rows, int64_t tile, Range columns, const C* ds) const {
@@ -172,7 +174,7 @@ class BiasGradient {
   }
 
   // to[b, h, x] = sum of from[b, h, x] over the dimensions that `to` is broadcast along; `count` of x is `length` or 1.
-  void reduce(const View& to, const C* from, int64_t length, int64_t count, int64_t stride) const {
+  void reduce(const View& to, const double* from, int64_t length, int64_t count, int64_t stride) const {
     const int64_t batches = to.stride[0] != 0 ? p_.batch : 1, heads = to.stride[1] != 0 ? p_.num_heads_q : 1;
     for (int64_t b = 0; b < batches; ++b) {
       for (int64_t h = 0; h < heads; ++h) {
@@ -180,8 +182,8 @@ class BiasGradient {
           double sum = 0;
           for (int64_t batch = b; batch < (batches == 1 ? p_.batch : b + 1); ++batch) {
             for (int64_t head = h; head < (heads == 1 ? p_.num_heads_q : h + 1); ++head) {
-              const C* row = from + (batch * p_.num_heads_q + head) * length;
-              for (int64_t i = x; i < (count == 1 ? length : x + 1); ++i) sum += static_cast<double>(row[i]);
+              const double* row = from + (batch * p_.num_heads_q + head) * length;
+              for (int64_t i = x; i < (count == 1 ? length : x + 1); ++i) sum += row[i];
             }
           }
           row_of<C>(to, b, h, 0)[x * stride] = static_cast<C>(sum);
@@ -196,7 +198,7 @@ class BiasGradient {
   Kind kind_ = Kind::kNone;
   int64_t heads_, diagonals_, slices_;
   int32_t *turns_ = nullptr, *diagonal_turns_ = nullptr;
-  C *sums_ = nullptr, *diagonal_sums_ = nullptr;
+  double *sums_ = nullptr, *diagonal_sums_ = nullptr;
 };
 
 }  // namespace fastattn::FASTATTN_ISA

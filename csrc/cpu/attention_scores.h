@@ -9,6 +9,22 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// to[i * stride + j] = sum_d a[i * a_row + d] * panels[d, j]. Few rows, whose time is that of packing the panels, are
+// summed in pieces along d: so does PyTorch, and one chain of sums is less exact.
+template <typename C>
+inline void multiply_along_dim(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, const C* panels,
+                               C* to, int64_t stride) {
+  constexpr int64_t kFewRows = 4, kPiece = 16;
+  const int64_t step = rows < kFewRows ? kPiece : depth;
+  for (int64_t d = 0; d < depth; d += step) {
+    multiply(rows, columns, min(step, depth - d), a + d, a_row, 1, panels + d * kPanelWidth<C>, panel_size<C>(depth),
+             [&](int64_t i, int64_t j, Vec<C> value) {
+               C* at = to + i * stride + j;
+               store(at, d == 0 ? value : load(at) + value);
+             });
+  }
+}
+
 // What the product of queries and keys starts from: queries that carry the scale, or (kRaw) the caller's own.
 enum class ScoreUnit { kLog2, kRaw };
 
@@ -120,18 +136,21 @@ class Scores {
   bool plain_;
 };
 
-// The probabilities of a row whose lse is known: exp2(score - shift) * factor, 0 for an empty row. The factor is what
-// rounding the shift to the scores' type would cost: eps * |lse| / 2 of every probability.
+// The probabilities of a row whose lse is known: exp2_of_difference(score, shift) * factor, 0 for an empty row. The
+// shift is the lse in powers of two, the factor what its rounding loses: an error of the whole row of eps * |lse| / 2.
 template <typename C>
 struct RowScale {
   C shift, factor;
 
   explicit RowScale(double lse) {
-    const C infinity = static_cast<C>(__builtin_inff());
-    const double log2_lse = lse * kLog2E;
-    shift = lse == -__builtin_inf() ? infinity : static_cast<C>(log2_lse);
-    const double lost = shift == infinity ? 0.0 : static_cast<double>(shift) - log2_lse;
+    // An infinite lse (of a score of +inf) is not subtracted: what is finite beside it must become 0.
+    constexpr double kHighest = sizeof(C) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
+    const bool empty = lse == -__builtin_inf();
+    const double log2_lse = empty ? 0.0 : lse * kLog2E;
+    shift = static_cast<C>(log2_lse > kHighest ? kHighest : log2_lse);
+    const double lost = log2_lse > kHighest ? 0.0 : static_cast<double>(shift) - log2_lse;
     store_n(&factor, exp2(Vec<C>::set1(static_cast<C>(lost))), 1);
+    if (empty) factor = 0;
   }
 };
 

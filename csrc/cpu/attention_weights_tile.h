@@ -40,8 +40,7 @@ class WeightTiles {
     if (coverage == Coverage::kNone) return false;
     const int64_t width = columns.end - columns.begin;
     scores_.load_queries(q, batch, head, rows);
-    multiply(rows.end - rows.begin, width, p_.head_dim, q, p_.head_dim, 1, k, panel_size<C>(p_.head_dim),
-             [&](int64_t i, int64_t j, Vec<C> value) { store(s + i * kKeys + j, value); });
+    multiply_along_dim(rows.end - rows.begin, width, p_.head_dim, q, p_.head_dim, k, s, kKeys);
     scores_.finish(s, kKeys, batch, head, rows, columns, coverage != Coverage::kAll || width % Vec<C>::kWidth != 0,
                    mask);
     return true;
@@ -55,7 +54,8 @@ class WeightTiles {
       const RowScale<C> row = scale(batch, head, i);
       const Vec<C> shift = Vec<C>::set1(row.shift), factor = Vec<C>::set1(row.factor);
       if (row.shift == row.shift) {
-        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, exp2(load(s + j) - shift) * factor);
+        for (int64_t j = 0; j < width; j += Vec<C>::kWidth)
+          store(w + j, exp2_of_difference(load(s + j), shift) * factor);
       } else {  // a NaN reaches the keys that its row sees and no other
         for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
           store(w + j, select(eq(load(s + j), hidden), Vec<C>::zero(), shift));
