@@ -13,7 +13,8 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 32;     // up to so many, packing the weights costs more than their products
+// Up to so many tokens, packing the weights costs more than their products.
+constexpr int64_t kFewTokens = 32, kFewTokensBFloat16 = 4;
 constexpr int64_t kRangeTokens = 512;  // least tokens of a range: each range packs all weights
 
 template <typename T, int kPieces>
@@ -149,7 +150,9 @@ class ForwardAmx {
 
 }  // namespace
 
-bool feed_forward_takes(const FeedForwardArgs& args) { return args.problem.tokens > kFewTokens; }
+bool feed_forward_takes(const FeedForwardArgs& args) {
+  return args.problem.tokens > (args.problem.dtype == DType::kBFloat16 ? kFewTokensBFloat16 : kFewTokens);
+}
 
 void feed_forward(const FeedForwardArgs& args) {
   bool packed = true;

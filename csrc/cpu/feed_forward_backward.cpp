@@ -1,4 +1,5 @@
-// The feed-forward's backward on register tiles: the products of feed_forward_gradients.h over panels.
+// The feed-forward's backward on register tiles: feed_forward_few_tokens.h, and feed_forward_gradients.h over panels.
+#include "feed_forward_few_tokens.h"
 #include "feed_forward_gradients.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -81,7 +82,13 @@ class PanelEngine {
 void feed_forward_backward(const FeedForwardBackwardArgs& args) {
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    if constexpr (sizeof(T) <= sizeof(float)) FeedForwardGradients<T, PanelEngine>(args).run();
+    if constexpr (sizeof(T) <= sizeof(float)) {
+      if (args.problem.tokens <= FewTokensGradients<T>::kMostTokens) {
+        FewTokensGradients<T>(args).run();
+      } else {
+        FeedForwardGradients<T, PanelEngine>(args).run();
+      }
+    }
   });
 }
 

@@ -4,7 +4,12 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-bool feed_forward_backward_takes(const FeedForwardBackwardArgs& args) { return args.problem.dtype != DType::kFloat64; }
+// Up to so many tokens, packing the weights costs more than their products.
+constexpr int64_t kFewTokens = 64, kFewTokensBFloat16 = 4;
+
+bool feed_forward_backward_takes(const FeedForwardBackwardArgs& args) {
+  return args.problem.tokens > (args.problem.dtype == DType::kBFloat16 ? kFewTokensBFloat16 : kFewTokens);
+}
 
 void feed_forward_backward(const FeedForwardBackwardArgs& args) {
   bool packed = true;

@@ -254,6 +254,12 @@ class TileEngine {
           Pairs pairs;
           const int64_t row = kAcross ? i + 2 * l : i + l;
           const S* at = from + row * stride + k;
+          // Rows may lie pages apart, where no hardware fetches ahead.
+          _mm_prefetch(reinterpret_cast<const char*>(at + kRows * stride), _MM_HINT_T0);
+          if constexpr (kAcross) _mm_prefetch(reinterpret_cast<const char*>(at + (kRows + 1) * stride), _MM_HINT_T0);
+          if constexpr (!kAcross && sizeof(S) == 4) {
+            _mm_prefetch(reinterpret_cast<const char*>(at + kRows * stride + 16), _MM_HINT_T0);
+          }
           if constexpr (kAcross) {
             pairs = across(row < rows ? at : nullptr, row + 1 < rows ? at + stride : nullptr, columns - k, &bad);
           } else {

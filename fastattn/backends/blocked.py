@@ -1,6 +1,7 @@
 """Feed-forward and linear + cross entropy on PyTorch's matrix products, a block at a time.
 
-Serves the CPU backend where it has no products of its own: the feed-forward in float64, and the loss.  Nothing here holds [tokens, ff_dim] or [tokens, vocab_size].
+Serves the CPU backend where it has no products of its own: the feed-forward in float64, and the loss.  Nothing here
+holds [tokens, ff_dim] or [tokens, vocab_size].
 """
 
 from __future__ import annotations

@@ -1,0 +1,246 @@
+// The feed-forward's backward for a handful of tokens: the equations of feed_forward_gradients.h with tokens as lanes.
+//
+// There is more to read and to write than to multiply. So weights are read once and, being left operands, not packed:
+// all tokens are a single panel on the right. And the weights' gradients, sums over those tokens alone, go from
+// registers to where they are to stand. A task is a group of hidden units; into dx tasks add in turn.
+#pragma once
+
+#include "feed_forward_backward.h"
+#include "feed_forward_blocks.h"
+#include "feed_forward_groups.h"
+#include "stream.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+template <typename T>
+class FewTokensGradients {
+ public:
+  static constexpr int64_t kMostTokens = kLanes;
+
+  explicit FewTokensGradients(const FeedForwardBackwardArgs& args) : args_(args), p_(args.problem) {
+    gated_ = p_.weight_gate.data != nullptr;
+    wants_dx_ = args.dinput.data != nullptr;
+    wants_dhidden_ = wants_dx_ || args.dweight_in.data != nullptr || args.dbias_in != nullptr ||
+                     args.dweight_gate.data != nullptr || args.dbias_gate != nullptr;
+    dout_row_ = round_up(p_.out_dim, FloatVec::kWidth);
+  }
+
+  void run() {
+    const auto carve_shared = [&](Carver& carver) {
+      x_t_ = carver.take<float>(panel_size<float>(round_up(p_.model_dim, FloatVec::kWidth)));
+      dx_t_ = carver.take<float>(panel_size<float>(round_up(p_.model_dim, FloatVec::kWidth)));
+      dout_t_ = carver.take<float>(panel_size<float>(p_.out_dim));
+      x_ = carver.take<float>(panels_size<float>(p_.tokens, p_.model_dim));
+      dout_ = carver.take<float>(p_.tokens * dout_row_);
+    };
+    Carver shared(scratch(Scratch::kShared, static_cast<size_t>(measure(carve_shared))));
+    carve_shared(shared);
+    const T *x = at(p_.input, 0, 0), *dout = at(args_.dout, 0, 0);
+    pack_transposed(x_t_, x, p_.input.row_stride, p_.model_dim, p_.tokens);
+    pack_transposed(dout_t_, dout, args_.dout.row_stride, p_.out_dim, p_.tokens);
+    pack(x_, x, p_.input.row_stride, p_.tokens, p_.model_dim, panel_size<float>(p_.tokens));
+    for (int64_t t = 0; t < p_.tokens; ++t) {
+      for_each_vec<float>(p_.out_dim, [&](int64_t i, auto n) {
+        store(dout_ + t * dout_row_ + i, load_as_n<float>(dout + t * args_.dout.row_stride + i, n));
+      });
+    }
+    const double work = static_cast<double>(p_.tokens) * static_cast<double>(p_.ff_dim) *
+                        static_cast<double>(p_.model_dim + p_.out_dim);
+    const auto prepare = [&] {
+      Carver carver(scratch(Scratch::kThread, static_cast<size_t>(measure([&](Carver& c) { carve(c); }))));
+      return carve(carver);
+    };
+    turn_ = 0;
+    parallel_in_order(ceil_div(p_.ff_dim, kUnits), work, prepare, [&](const Task& task, int64_t index) {
+      run_task(task, index * kUnits, min(kUnits, p_.ff_dim - index * kUnits), index);
+    });
+    if (wants_dx_) write_dx();
+    if (args_.dbias_out != nullptr) sum_rows(args_.dbias_out, 0, p_.out_dim, dout_t_);
+  }
+
+ private:
+  static constexpr int64_t kUnits = 128;
+
+  struct Task {
+    float *in, *gate;                    // [kUnits, row()]
+    float* out;                          // [out_dim, kUnits]
+    float *before, *gate_sum, *dhidden;  // [kUnits, kLanes]; later hidden, dgate and dbefore
+    float* hidden_t;                     // panels [tokens, kUnits]
+  };
+  Task carve(Carver& carver) const {
+    Task task{};
+    task.in = carver.take<float>(kUnits * row());
+    if (gated_) task.gate = carver.take<float>(kUnits * row());
+    task.out = carver.take<float>(p_.out_dim * kUnits);
+    task.before = carver.take<float>(kUnits * kLanes);
+    task.gate_sum = carver.take<float>(kUnits * kLanes);
+    task.dhidden = carver.take<float>(kUnits * kLanes);
+    task.hidden_t = carver.take<float>(panels_size<float>(p_.tokens, kUnits));
+    return task;
+  }
+  int64_t row() const { return round_up(p_.model_dim, FloatVec::kWidth) + FloatVec::kWidth; }
+
+  static const T* at(const Matrix& matrix, int64_t row, int64_t column) {
+    return static_cast<const T*>(matrix.data) + row * matrix.row_stride + column;
+  }
+
+  void run_task(const Task& task, int64_t f, int64_t units, int64_t turn) {
+    copy(p_.weight_in, f, 0, units, p_.model_dim, task.in, row());
+    sum_products(units, p_.model_dim, task.in, row(), 1, x_t_, task.before);
+    if (gated_) {
+      copy(p_.weight_gate, f, 0, units, p_.model_dim, task.gate, row());
+      sum_products(units, p_.model_dim, task.gate, row(), 1, x_t_, task.gate_sum);
+    }
+    if (wants_dhidden_) {
+      copy(p_.weight_out, 0, f, p_.out_dim, units, task.out, kUnits);
+      sum_products(units, p_.out_dim, task.out, 1, kUnits, dout_t_, task.dhidden);
+    }
+    visit_activation(p_.activation, [&](auto tag) { apply<decltype(tag)::kValue>(task, f, units); });
+    // hidden stands in `before` now, dbefore in `dhidden`, dgate in `gate_sum`.
+    if (args_.dweight_out.data != nullptr) {
+      pack_transposed(task.hidden_t, task.before, kLanes, p_.tokens, units);
+      write_product(args_.dweight_out, 0, f, p_.out_dim, units, dout_, 1, dout_row_, task.hidden_t);
+    }
+    const auto write_rows = [&](const Matrix& to, const float* from) {
+      if (to.data != nullptr) write_product(to, f, 0, units, p_.model_dim, from, kLanes, 1, x_);
+    };
+    write_rows(args_.dweight_in, task.dhidden);
+    write_rows(args_.dweight_gate, task.gate_sum);
+    stream_end();
+    if (args_.dbias_in != nullptr) sum_rows(args_.dbias_in, f, units, task.dhidden);
+    if (args_.dbias_gate != nullptr) sum_rows(args_.dbias_gate, f, units, task.gate_sum);
+    if (!wants_dx_) return;
+    wait_for_turn(&turn_, turn);
+    const auto add_dx = [&](const float* weight, const float* from, bool start) {
+      multiply<float>(p_.model_dim, p_.tokens, units, weight, 1, row(), from, 0,
+                      [&](int64_t i, int64_t t, FloatVec value) {
+                        float* p = dx_t_ + i * kLanes + t;
+                        store(p, start ? value : load(p) + value);
+                      });
+    };
+    add_dx(task.in, task.dhidden, turn == 0);
+    if (gated_) add_dx(task.gate, task.gate_sum, false);
+    pass_turn(&turn_);
+  }
+
+  // Copies a part of a weight to [rows][row] float32. It comes once from afar, and in order; where it lies, rows a
+  // power of two apart share few sets of the caches.
+  static void copy(const Matrix& weight, int64_t first, int64_t column, int64_t rows, int64_t columns, float* to,
+                   int64_t row) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = at(weight, first + i, column);
+      for_each_vec<float>(columns, [&](int64_t k, auto n) {
+        // 8 rows ahead: on rows this short no hardware fetches ahead.
+        __builtin_prefetch(from + 8 * weight.row_stride + k);
+        store(to + i * row + k, load_as_n<float>(from + k, n));
+      });
+    }
+  }
+
+  // to[i][token] = sum over k of a(i, k) * panel[k][token], in steps of kDepth.
+  void sum_products(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* panel,
+                    float* to) const {
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      multiply<float>(rows, p_.tokens, min(kDepth, depth - k), a + k * a_column, a_row, a_column, panel + k * kLanes, 0,
+                      [&](int64_t i, int64_t t, FloatVec value) {
+                        float* p = to + i * kLanes + t;
+                        store(p, k == 0 ? value : load(p) + value);
+                      });
+    }
+  }
+
+  // to[row + i][column + n] = sum over tokens of a(i, token) * panels[token][n], rounded once.
+  void write_product(const Matrix& to, int64_t row, int64_t column, int64_t rows, int64_t columns, const float* a,
+                     int64_t a_row, int64_t a_column, const float* panels) const {
+    T* first = static_cast<T*>(to.data) + row * to.row_stride + column;
+    // All rows of all weights together are too large for the caches to keep, and reading them first would cost as much
+    // again.
+    constexpr uintptr_t kRegister = FloatVec::kWidth * sizeof(T);
+    const bool past_caches = reinterpret_cast<uintptr_t>(first) % kRegister == 0 &&
+                             static_cast<uintptr_t>(to.row_stride) * sizeof(T) % kRegister == 0 &&
+                             p_.ff_dim * max(p_.model_dim, p_.out_dim) * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+    multiply<float>(rows, columns, p_.tokens, a, a_row, a_column, panels, panel_size<float>(p_.tokens),
+                    [&](int64_t i, int64_t n, FloatVec value) {
+                      T* p = first + i * to.row_stride + n;
+                      if (n + FloatVec::kWidth <= columns) {
+                        past_caches ? stream(p, value) : store(p, value);
+                      } else {
+                        store_n(p, value, static_cast<int>(columns - n));
+                      }
+                    });
+  }
+
+  template <Activation A>
+  void apply(const Task& task, int64_t f, int64_t units) const {
+    const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
+    uint64_t keep[4];
+    for (int64_t i = 0; i < units; ++i) {
+      if (p_.dropout.threshold != 0 && i % 4 == 0) {
+        dropout_keep_bits_of_rows(p_.dropout, 0, 0, static_cast<uint64_t>(f + i), kLanes, keep);
+      }
+      const FloatVec bias = broadcast<T>(p_.bias_in, f + i), gate_bias = broadcast<T>(p_.bias_gate, f + i);
+      for (int64_t t = 0; t < p_.tokens; t += FloatVec::kWidth) {
+        const int64_t index = i * kLanes + t;
+        FloatVec slope, gate;
+        const FloatVec y = activate<A>(load(task.before + index) + bias, &slope);
+        FloatVec hidden = y, d = wants_dhidden_ ? load(task.dhidden + index) : zero;
+        if (gated_) {
+          gate = load(task.gate_sum + index) + gate_bias;
+          hidden = y * gate;
+        }
+        if (p_.dropout.threshold != 0) {
+          const auto kept = mask_from_bits<float>(keep[i % 4] >> t);
+          hidden = select(kept, hidden * rescale, zero);
+          d = select(kept, d * rescale, zero);
+        }
+        store(task.before + index, hidden);
+        if (gated_) {
+          store(task.gate_sum + index, d * y);
+          d = d * gate;
+        }
+        d = d * slope;
+        // A gradient of NaN does not pass where relu is flat.
+        if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
+        store(task.dhidden + index, d);
+      }
+    }
+  }
+
+  // to[f + i] = the sum of row i over all tokens.
+  void sum_rows(void* to, int64_t f, int64_t count, const float* rows) const {
+    for_each_vec<float>(count, [&](int64_t i, auto n) {
+      float sums[FloatVec::kWidth] = {};
+      for (int64_t k = 0; k < n; ++k) {
+        double sum = 0;
+        for (int64_t t = 0; t < p_.tokens; ++t) sum += static_cast<double>(rows[(i + k) * kLanes + t]);
+        sums[k] = static_cast<float>(sum);
+      }
+      store_n(static_cast<T*>(to) + f + i, load(sums), n);
+    });
+  }
+
+  void write_dx() const {
+    constexpr int W = FloatVec::kWidth;
+    for (int64_t t = 0; t < p_.tokens; t += W) {
+      for (int64_t d = 0; d < p_.model_dim; d += W) {
+        FloatVec square[W];
+        for (int k = 0; k < W; ++k) square[k] = load(dx_t_ + (d + k) * kLanes + t);
+        transpose<float>(square);
+        for (int64_t k = 0; k < min(W, p_.tokens - t); ++k) {
+          store_n(static_cast<T*>(args_.dinput.data) + (t + k) * args_.dinput.row_stride + d, square[k],
+                  static_cast<int>(min(W, p_.model_dim - d)));
+        }
+      }
+    }
+  }
+
+  const FeedForwardBackwardArgs& args_;
+  const FeedForwardProblem& p_;
+  bool gated_, wants_dx_, wants_dhidden_;
+  int64_t dout_row_;
+  // What all tasks share: x^T, dx^T and dout^T as panels [.., kLanes], x as panels, dout as rows; all float32.
+  float *x_t_ = nullptr, *dx_t_ = nullptr, *dout_t_ = nullptr, *x_ = nullptr, *dout_ = nullptr;
+  int32_t turn_ = 0;  // which task's turn it is to add to dx
+};
+
+}  // namespace fastattn::FASTATTN_ISA
