@@ -172,6 +172,8 @@ class BuildExt(build_ext):
 setup(
     packages=find_packages(include=["fastattn", "fastattn.*"]),
     package_dir={"fastattn": "fastattn"},
+    # package_data says it all; folders of data are then not taken for packages that somebody forgot.
+    include_package_data=False,
     package_data={
         "fastattn": ["py.typed"],
         "fastattn.data": ["*.gz", "LICENSE-*", "g2p/*"],
