@@ -90,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "time fastattn beside PyTorch, after checking every answer")
     bench.add_argument(
-        "families", nargs="*", metavar="FAMILY", help="attention, decode, softmax, feed_forward, module; by default all"
+        "families",
+        nargs="*",
+        metavar="FAMILY",
+        help="attention, decode, softmax, feed_forward, module, model; by default all",
     )
     bench.add_argument("--quick", action="store_true", help="fewer rounds, and no row that takes long")
     bench.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the grid")

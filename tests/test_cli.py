@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import fastattn
 from fastattn import cli
 from fastattn.backends.cpu import CpuBackend
 from fastattn.models import Seq2Seq, Seq2SeqConfig, g2p
-from fastattn.tools import bench, bench_cases, demo, info, row_cases, verify_cli, verify_ops
+from fastattn.tools import bench, bench_cases, bench_model, demo, info, row_cases, verify_cli, verify_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning", "ignore:enable_nested_tensor")
 
@@ -100,6 +102,30 @@ def test_sampling_repeats_with_its_seed(folder, capsys):
         assert cli.main(call) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+
+
+def test_the_commit_is_that_of_the_package_or_unknown(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    package = tmp_path / "fastattn" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    monkeypatch.setattr(fastattn, "__file__", str(package))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert info.commit() == "unknown"  # no checkout
+    git("init")
+    assert info.commit() == "unknown"  # somebody else's checkout
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+    clean = info.commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    package.write_text("# changed")
+    assert info.commit() == clean + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert info.commit() == "unknown"  # no git
 
 
 @pytest.mark.parametrize(
@@ -245,12 +271,18 @@ def _small_grid():
         "softmax": {"rows": [[7, 33]]},
         "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
         "module": {"rows": [[2, 5, 16, 2]]},
+        "model": {
+            "generate": [{"batch": 2, "source": 5, "new_tokens": 4}],
+            "train_step": [{"batch": 2, "source": 5, "target": 6}],
+        },
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bench_checks_and_times_every_family(dtype, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_cases, "grid", _small_grid)
+    small = {"model_dim": 16, "num_heads": 2, "ff_dim": 32, "num_encoder_layers": 2, "num_decoder_layers": 2}
+    monkeypatch.setattr(bench_model, "BASE", Seq2SeqConfig(source_vocab_size=20, target_vocab_size=30, **small))
     monkeypatch.setattr(
         bench, "time_in_turns", lambda calls, budget: [bench.Timing(call() is None, 0, 0, 1) for call in calls]
     )
@@ -261,8 +293,9 @@ def test_bench_checks_and_times_every_family(dtype, tmp_path, monkeypatch, capsy
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0]["environment"]["torch"] == str(torch.__version__)
     rows = {(line["family"], line["row"], line["direction"]) for line in lines[1:]}
-    assert len(rows) == len(lines) - 1 == 7 * 2 + 1 + 2 + 2 * 2 + 2
+    assert len(rows) == len(lines) - 1 == 7 * 2 + 1 + 2 + 2 * 2 + 2 + 2
     assert ("attention", "bias", "forward + backward") in rows
+    assert {("model", "generate-2x5x4", "greedy"), ("model", "train_step-2x5x6", "train step")} <= rows
     assert all("note" not in line for line in lines[1:])
     assert "ratio" in capsys.readouterr().out
 

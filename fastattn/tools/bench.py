@@ -114,7 +114,7 @@ def measure(case: Case, dtype: torch.dtype, budget: float) -> Result:
             error = case.error()
         except UnsupportedError:
             return Result(case, dtype, float("nan"), {}, "refused")
-        if not error <= _TOLERANCE[dtype]:
+        if not error <= _TOLERANCE[dtype] * case.tolerance:
             return Result(case, dtype, error, {}, "WRONG")
         calls = {"fastattn": case.ours, **case.peers}
         timings = time_in_turns(list(calls.values()), budget=budget * len(calls))

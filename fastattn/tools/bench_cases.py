@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -21,38 +20,14 @@ from fastattn.ops.softmax import softmax
 from fastattn.reference import attention as formula
 from fastattn.spec.attention import AttentionCall, attention_call
 from fastattn.spec.attention_weights import select_rows
-from fastattn.tools import eager
+from fastattn.tools import bench_model, eager
+from fastattn.tools.bench_case import Case, relative
 
 # Queries that the float64 reference is computed for: all of a long row's would take minutes.
 _CHECKED_QUERIES = 48
 # An eager peer that holds more scores than this tells nothing but that memory is slow.
 _EAGER_ELEMENTS = 1 << 25
 _SEED = 11
-
-
-@dataclass(frozen=True)
-class Case:
-    """One figure of the benchmark.
-
-    Attributes:
-        family: table of the grid.
-        name: of the row.
-        direction: "forward", "forward + backward", or how a module is called.
-        ours: runs it on fastattn.
-        peers: the same by others.
-        work: floating point operations, or bytes, of one run.
-        unit: "GFLOP/s" or "GB/s", what ``work`` over time is shown in.
-        error: returns the largest error of ours against float64, over the largest element.
-    """
-
-    family: str
-    name: str
-    direction: str
-    ours: Callable[[], Any]
-    peers: Mapping[str, Callable[[], Any]]
-    work: float
-    unit: str
-    error: Callable[[], float]
 
 
 def grid() -> dict[str, Any]:
@@ -68,10 +43,20 @@ def cases(family: str, dtype: torch.dtype, names: Sequence[str] | None) -> Itera
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}")
-    for row in grid()[family]["rows"]:
-        name = row["name"] if isinstance(row, Mapping) else "x".join(map(str, row))
+    for name, row in _rows(grid()[family]):
         if name != "gpu" and (names is None or name in names):
             yield from FAMILIES[family](name, row, dtype)
+
+
+def _rows(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields each row of a table and its name; rows that stand under a task's name instead of "rows" hold it, too."""
+    for task, rows in table.items():
+        # A table in the table is for GPUs.
+        for row in () if isinstance(rows, Mapping) else rows:
+            if task != "rows":
+                yield "-".join((task, "x".join(map(str, row.values())))), {**row, "task": task}
+            else:
+                yield (row["name"] if isinstance(row, Mapping) else "x".join(map(str, row))), row
 
 
 class _Draw:
@@ -196,17 +181,12 @@ def _attention_error(
         reference = formula.attention(whole)[0][:, :, rows]
     out = ours(*leaves, generator=torch.Generator().manual_seed(_SEED))
     if not backward:
-        return _relative(out[:, :, rows], reference)
+        return relative(out[:, :, rows], reference)
     sparse = torch.zeros_like(dout)
     sparse[:, :, rows] = dout[:, :, rows]
     grads = torch.autograd.grad(out, leaves, sparse)
     wanted = torch.autograd.grad(reference, exact, dout[:, :, rows].double())
-    return max(_relative(g, w) for g, w in zip(grads, wanted, strict=True))
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    distance = (value.detach().double() - reference.detach()).abs().max().item()
-    return distance / max(reference.abs().max().item(), 1e-30) if distance == distance else float("inf")
+    return max(relative(g, w) for g, w in zip(grads, wanted, strict=True))
 
 
 def _without_gradients(function: Callable[..., Any], tensors: Sequence[Tensor], dout: Tensor) -> Callable[[], Any]:
@@ -233,7 +213,7 @@ def _decode(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[C
         reference = eager.attention(*(t.double() for t in tensors))[0]
         out = attention(*tensors)
         assert isinstance(out, Tensor)
-        return _relative(out, reference)
+        return relative(out, reference)
 
     yield Case(
         "decode",
@@ -263,9 +243,9 @@ def _softmax(name: str, row: Sequence[int], dtype: torch.dtype) -> Iterator[Case
             x = tensors[0][few].detach().requires_grad_(backward)
             y = tensors[0][few].detach().double().requires_grad_(backward)
             if not backward:
-                return _relative(softmax(x), y.softmax(-1))
+                return relative(softmax(x), y.softmax(-1))
             (ours,) = torch.autograd.grad(softmax(x), x, dout[few])
-            return _relative(ours, torch.autograd.grad(y.softmax(-1), y, dout[few].double())[0])
+            return relative(ours, torch.autograd.grad(y.softmax(-1), y, dout[few].double())[0])
 
         yield Case(
             "softmax",
@@ -308,9 +288,9 @@ def _feed_forward(name: str, row: Sequence[Any], dtype: torch.dtype) -> Iterator
         wide = [t.detach().double().requires_grad_(backward) for t in tensors]
         out, wanted = ours(*leaves), peer(*wide)
         if not backward:
-            return _relative(out, wanted)
+            return relative(out, wanted)
         grads = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(wanted, wide, dout.double())
-        return max(_relative(g, w) for g, w in zip(*grads, strict=True))
+        return max(relative(g, w) for g, w in zip(*grads, strict=True))
 
     flops = 2.0 * tokens * model_dim * ff_dim * (3 if gated else 2)
     for direction, factor in (("forward", 1.0), ("forward + backward", 3.0)):
@@ -363,7 +343,7 @@ def _module(name: str, row: Sequence[int], dtype: torch.dtype) -> Iterator[Case]
         wide.load_state_dict(stock.state_dict())
         with torch.no_grad():
             found, wanted = ours.eval()(x, x, x), wide.train()(x.double(), x.double(), x.double())
-        return max(_relative(f, w) for f, w in zip(found, wanted, strict=True))
+        return max(relative(f, w) for f, w in zip(found, wanted, strict=True))
 
     for direction, run, factor in (("eval", forward, 1.0), ("train step", step, 3.0)):
         yield Case(
@@ -384,4 +364,5 @@ FAMILIES: dict[str, Callable[[str, Any, torch.dtype], Iterator[Case]]] = {
     "softmax": _softmax,
     "feed_forward": _feed_forward,
     "module": _module,
+    "model": bench_model.cases,
 }

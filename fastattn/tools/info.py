@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,7 @@ def environment() -> dict[str, object]:
     kernels = _kernels()
     return {
         "fastattn": fastattn.__version__,
+        "commit": commit(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -87,6 +89,21 @@ def environment() -> dict[str, object]:
         "isa": None if kernels is None else kernels.isa(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def commit() -> str:
+    """Returns the commit of the checkout that this package lies in, "-dirty" where files differ; else "unknown"."""
+    folder = Path(fastattn.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie in somebody else's checkout
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def cpu_name() -> str:
