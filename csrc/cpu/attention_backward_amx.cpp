@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kMaxRows = 256;     // queries a block: depths of dV and dK for each load and store of their sums
 constexpr int64_t kKeys = 256;        // keys a tile
 constexpr int64_t kStepBytes = 2048;  // kStep rows of kStep bfloat16
-constexpr int64_t kSteps = kKeys / kStep;
+constexpr int64_t kSteps = kKeys / kStep, kBlocks = kMaxRows / kStep;  // cells of a tile, see AmxTiles::Cell
 constexpr int64_t kMinRows = 2;
 
 class AmxTiles {
@@ -41,11 +41,14 @@ class AmxTiles {
     char* k;               // K in pairs
     char* k_finite;        // [kSteps]: of 32 keys; elements that are not are packed as 0
     bool* fresh;           // [kSteps]: nothing has been added yet to the sums of 32 keys
-    float *dk, *dv;        // dK^T [dim_steps * kStep, kKeys] and dV^T, their columns in the order of key_of()
+    float *dk, *dv;        // dK^T [dim_steps, kSteps, kStep, kStep] and dV^T, their columns in the order of key_of()
     float *s[2], *dp[2];   // of two cells, one being multiplied while the other becomes P and dS
     float* slope;          // of a cell: of the softcap
     float *shift, *delta;  // [kStep]
     uint64_t* keep;        // [kStep]: dropout's bits of 64 columns
+    int64_t* drawn;        // of which cells of a tile
+    Range* blocks_of;      // [kSteps]: between these blocks of 32 queries lie all that see any of 32 keys
+    Range* steps_of;       // [kBlocks]: between these steps of 32 keys lie all that any of 32 queries sees
     float* ds;             // [rows, kKeys], where dS is wanted itself
     char* p_pairs;         // [rows / kStep, kSteps]: P in pairs of queries
     char* ds_pairs;        // the same of dS
@@ -79,7 +82,8 @@ class AmxTiles {
   int64_t task_bytes() const {
     const int64_t steps = dim_steps_ + value_steps_;
     return kSteps * (dim_steps_ + steps) * kStepBytes + 2 * 64 + steps * kStep * kKeys * 4 +
-           (5 * kStep + 4) * kStep * 4 + (keeps_ds_ ? rows_ * kKeys * 4 : 0) + 3 * rows_ * kKeys * 2;
+           (5 * kStep + 4) * kStep * 4 + 64 + (kSteps + kBlocks) * sizeof(Range) + (keeps_ds_ ? rows_ * kKeys * 4 : 0) +
+           3 * rows_ * kKeys * 2;
   }
   Task carve_task(Carver& carver) const {
     Task task;
@@ -96,6 +100,9 @@ class AmxTiles {
     task.shift = carver.take<float>(kStep);
     task.delta = carver.take<float>(kStep);
     task.keep = carver.take<uint64_t>(kStep);
+    task.drawn = carver.take<int64_t>(1);
+    task.blocks_of = carver.take<Range>(kSteps);
+    task.steps_of = carver.take<Range>(kBlocks);
     task.ds = carver.take<float>(keeps_ds_ ? rows_ * kKeys : 0);
     task.p_pairs = carver.take<char>(rows_ * kKeys * 2);
     task.ds_pairs = carver.take<char>(rows_ * kKeys * 2);
@@ -125,78 +132,74 @@ class AmxTiles {
   }
 
   void differentiate(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, const Mask& mask) const {
-    const int64_t first = first_step(tile), steps = ceil_div(tile.width(), kStep);
-    const int64_t depth = ceil_div(tile.height(), kStep);
+    const int64_t first = first_step(tile);
     const Packed packed = packed_queries(head, tile.rows.begin);
+    Cell cells[kBlocks * kSteps];
+    const int64_t count = find_cells(task, tile, mask, cells);
+    *task.drawn = -1;
     TileScope tiles;
     Products products;
-    // S and dP of a cell of kStep x kStep are multiplied while the softmax of the one before it runs.
-    const auto multiply = [&](int64_t cell) {
-      return [&, cell](int64_t which) {
-        const int64_t i = cell / steps, j = first + cell % steps;
-        return which == 0 ? Product{packed.q + i * dim_steps_ * kStepBytes,
-                                    64,
-                                    kStepBytes,
-                                    task.k_t + j * dim_steps_ * kStepBytes,
-                                    dim_steps_ * kTileBytes,
-                                    kTileBytes,
-                                    task.s[cell % 2],
-                                    kStep * 4,
-                                    dim_steps_,
-                                    false}
-                          : Product{packed.dout + i * value_steps_ * kStepBytes,
-                                    64,
-                                    kStepBytes,
-                                    task.v_t + j * value_steps_ * kStepBytes,
-                                    value_steps_ * kTileBytes,
-                                    kTileBytes,
-                                    task.dp[cell % 2],
-                                    kStep * 4,
-                                    value_steps_,
-                                    false};
+    // S and dP of a cell are multiplied while the softmax of the one before it runs.
+    const auto multiply = [&](int64_t index) {
+      return [&, index](int64_t which) {
+        const Cell& cell = cells[index];
+        const int64_t steps = which == 0 ? dim_steps_ : value_steps_, key = first + cell.step;
+        Product product{};
+        product.a = (which == 0 ? packed.q : packed.dout) + cell.block * steps * kStepBytes;
+        product.a_row = 64;
+        product.a_step = kStepBytes;
+        product.b = (which == 0 ? task.k_t : task.v_t) + key * steps * kStepBytes;
+        product.b_right = steps * kTileBytes;
+        product.b_step = kTileBytes;
+        product.c = (which == 0 ? task.s : task.dp)[index % 2];
+        product.c_row = kStep * 4;
+        product.steps = steps;
+        return product;
       };
     };
+    const int64_t products_a_cell = wants_ds_ ? 2 : 1;
     const auto make_first = multiply(0);
-    Background(products, wants_ds_ ? 2 : 1, make_first).finish();
-    for (int64_t cell = 0; cell < depth * steps; ++cell) {
-      const auto make_next = multiply(cell + 1);
-      Background next(products, cell + 1 == depth * steps ? 0 : wants_ds_ ? 2 : 1, make_next);
-      softmax_backward(task, head, tile, cell / steps, cell % steps, mask, next);
+    Background(products, count > 0 ? products_a_cell : 0, make_first).finish();
+    for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || cells[i].block != cells[i - 1].block) load_statistics(task, head, rows_of(tile, cells[i].block));
+      const auto make_next = multiply(i + 1);
+      Background next(products, i + 1 < count ? products_a_cell : 0, make_next);
+      softmax_backward(task, tile, cells[i], task.s[i % 2], task.dp[i % 2], mask, next);
       next.finish();
     }
-    if (args_.dv.data != nullptr) {
-      add_transposed(products, packed.dout_t, value_steps_, task.p_pairs, task.dv + first * kStep, steps, depth,
-                     task.fresh + first);
-    }
-    if (args_.dk.data != nullptr) {
-      add_transposed(products, packed.q_t, dim_steps_, task.ds_pairs, task.dk + first * kStep, steps, depth,
-                     task.fresh + first);
-    }
+    if (args_.dv.data != nullptr)
+      add_transposed(task, products, packed.dout_t, value_steps_, task.p_pairs, first, task.dv);
+    if (args_.dk.data != nullptr) add_transposed(task, products, packed.q_t, dim_steps_, task.ds_pairs, first, task.dk);
     products.flush();
-    for (int64_t j = 0; j < steps; ++j) task.fresh[first + j] = false;
-    for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t j = 0; j < kSteps - first; ++j) {
+      if (task.blocks_of[j].begin < task.blocks_of[j].end) task.fresh[first + j] = false;
+    }
+    for (int64_t i = 0; i < ceil_div(tile.height(), kStep); ++i) {
       if (!packed.finite[i * 64] && args_.dk.data != nullptr) {
-        add_not_finite_rows(task.ds_pairs, i, p_.q, p_.head_dim, tile, mask, task.dk + first * kStep);
+        add_not_finite_rows(task.ds_pairs, i, p_.q, p_.head_dim, tile, mask, task.dk);
       }
       if (!packed.finite[i * 64 + 1] && args_.dv.data != nullptr) {
-        add_not_finite_rows(task.p_pairs, i, args_.dout, p_.head_dim_v, tile, mask, task.dv + first * kStep);
+        add_not_finite_rows(task.p_pairs, i, args_.dout, p_.head_dim_v, tile, mask, task.dv);
       }
     }
   }
 
   void add_dq(const Task& task, const BackwardTile& tile, const Mask& mask, C* dq, bool fresh) const {
-    const int64_t first = first_step(tile), steps = ceil_div(tile.width(), kStep);
+    const int64_t first = first_step(tile);
     TileScope tiles;
     Products products;
-    for (int64_t i = 0; i < tile.height(); i += kStep) {
-      for (int64_t n = 0; n < dim_steps_; ++n) {
-        products.run({task.ds_rows + i / kStep * kSteps * kStepBytes, 64, kStepBytes,
-                      task.k + (first * dim_steps_ + n) * kStepBytes, kTileBytes, dim_steps_ * kStepBytes,
-                      dq + i * dq_stride() + n * kStep, dq_stride() * 4, steps, !fresh});
+    for (int64_t i = 0; i < ceil_div(tile.height(), kStep); ++i) {
+      const Range steps = task.steps_of[i];
+      float* rows = dq + i * kStep * dq_stride();
+      if (steps.begin >= steps.end && fresh) clear(rows, kStep * dq_stride());
+      for (int64_t n = 0; n < dim_steps_ && steps.begin < steps.end; ++n) {
+        products.run({task.ds_rows + (i * kSteps + steps.begin) * kStepBytes, 64, kStepBytes,
+                      task.k + ((first + steps.begin) * dim_steps_ + n) * kStepBytes, kTileBytes,
+                      dim_steps_ * kStepBytes, rows + n * kStep, dq_stride() * 4, steps.end - steps.begin, !fresh});
       }
     }
     products.flush();
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t step = 0; step < ceil_div(tile.width(), kStep); ++step) {
       if (!task.k_finite[first + step]) add_not_finite_keys(task, step, tile, mask, dq);
     }
   }
@@ -211,10 +214,10 @@ class AmxTiles {
   // kStep queries against kStep keys: what of P and dS is worked on at a time, for all of it to stay in the first-level
   // cache. A tile store to anywhere else takes four times as long.
   struct Cell {
-    float *s, *dp;  // [kStep, kStep]
-    float* ds;      // where dS is wanted itself, kKeys from row to row
-    int64_t at;     // in p_pairs, ds_pairs and ds_rows
-    Range rows, columns;
+    int64_t block, step;  // of the tile's queries, of its visible keys
+    bool masked;
+    int64_t at() const { return (block * kSteps + step) * kStepBytes; }     // in p_pairs, ds_pairs and ds_rows
+    int64_t ds_at() const { return block * kStep * kKeys + step * kStep; }  // in ds
   };
   Packed packed_queries(const BackwardHead<C>& head, int64_t row) const {
     const int64_t count = grid_.blocks * rows_ / kStep, index = row / kStep;
@@ -237,43 +240,67 @@ class AmxTiles {
     return (column & 12) + column / 16 * 2 + (column >> 1 & 1) + (column & 1) * 16;
   }
 
+  static Range rows_of(const BackwardTile& tile, int64_t block) {
+    const int64_t begin = tile.rows.begin + block * kStep;
+    return {begin, min(begin + kStep, tile.rows.end)};
+  }
+  static Range columns_of(const BackwardTile& tile, int64_t step) {
+    const int64_t begin = tile.columns.begin + step * kStep;
+    return {begin, min(begin + kStep, tile.columns.end)};
+  }
+
+  // Lists the cells of a tile that are not invisible; P and dS of the others become 0.
+  int64_t find_cells(const Task& task, const BackwardTile& tile, const Mask& mask, Cell* cells) const {
+    for (Range* range = task.blocks_of; range < task.blocks_of + kSteps; ++range) *range = {kBlocks, 0};
+    for (Range* range = task.steps_of; range < task.steps_of + kBlocks; ++range) *range = {kSteps, 0};
+    int64_t count = 0;
+    for (int64_t i = 0; i < ceil_div(tile.height(), kStep); ++i) {
+      for (int64_t j = 0; j < ceil_div(tile.width(), kStep); ++j) {
+        const Range rows = rows_of(tile, i), columns = columns_of(tile, j);
+        const Coverage coverage = tile.masked ? mask.coverage(rows, columns) : Coverage::kAll;
+        // Rows and columns that do not exist are hidden like those that are masked.
+        const bool ragged = rows.end - rows.begin < kStep || columns.end - columns.begin < kStep;
+        const Cell cell{i, j, coverage != Coverage::kAll || ragged};
+        if (coverage == Coverage::kNone) {
+          for (char* to : {task.p_pairs, task.ds_pairs, task.ds_rows}) {
+            clear(reinterpret_cast<float*>(to + cell.at()), kStepBytes / 4);
+          }
+          for (int64_t row = 0; keeps_ds_ && row < kStep; ++row) clear(task.ds + cell.ds_at() + row * kKeys, kStep);
+          continue;
+        }
+        Range &blocks = task.blocks_of[j], &steps = task.steps_of[i];
+        blocks = {min(blocks.begin, i), i + 1};
+        steps = {min(steps.begin, j), j + 1};
+        cells[count++] = cell;
+      }
+    }
+    return count;
+  }
+
   // Makes P and dS of a cell out of its scores and dP, in step with the products in the background.
   template <typename Make>
-  void softmax_backward(const Task& task, const BackwardHead<C>& head, const BackwardTile& tile, int64_t block,
-                        int64_t step, const Mask& mask, Background<Make>& next) const {
-    Cell cell;
-    cell.s = task.s[(block * ceil_div(tile.width(), kStep) + step) % 2];
-    cell.dp = task.dp[(block * ceil_div(tile.width(), kStep) + step) % 2];
-    cell.rows.begin = tile.rows.begin + block * kStep;
-    cell.rows.end = min(cell.rows.begin + kStep, tile.rows.end);
-    cell.columns.begin = tile.columns.begin + step * kStep;
-    cell.columns.end = min(cell.columns.begin + kStep, tile.columns.end);
-    cell.at = (block * kSteps + step) * kStepBytes;
-    cell.ds = task.ds + block * kStep * kKeys + step * kStep;
-    const int64_t height = cell.rows.end - cell.rows.begin, width = cell.columns.end - cell.columns.begin;
-    if (step == 0) load_statistics(task, head, cell.rows);
-    const bool drops = p_.dropout.threshold != 0;
-    if (drops && step % 2 == 0) draw_dropout(task, tile, cell);
-
-    scores_.finish(cell.s, kStep, tile.batch, tile.head, cell.rows, cell.columns, tile.masked, mask,
+  void softmax_backward(const Task& task, const BackwardTile& tile, const Cell& cell, float* s, const float* dp,
+                        const Mask& mask, Background<Make>& next) const {
+    const Range rows = rows_of(tile, cell.block), columns = columns_of(tile, cell.step);
+    const int64_t height = rows.end - rows.begin, width = columns.end - columns.begin;
+    scores_.finish(s, kStep, tile.batch, tile.head, rows, columns, cell.masked, mask,
                    p_.softcap != 0 ? task.slope : nullptr);
-    // Rows and columns that do not exist are hidden like those that are masked.
-    const FloatVec hidden = FloatVec::set1(-kInfinity);
     if (height < kStep || width < kStep) {
+      const FloatVec hidden = FloatVec::set1(-kInfinity);
       for (int64_t i = 0; i < kStep; ++i) {
         const __mmask32 exists = i < height ? first_lanes32(width) : 0;
-        float* row = cell.s + i * kStep;
+        float* row = s + i * kStep;
         store(row, select(static_cast<__mmask16>(exists), load(row), hidden));
         store(row + 16, select(static_cast<__mmask16>(exists >> 16), load(row + 16), hidden));
       }
     }
-    const bool masked = tile.masked || height < kStep || width < kStep;
-    if (drops || p_.softcap != 0 || keeps_ds_) {
-      make_pairs<true, true>(task, cell, step, next);
-    } else if (masked) {
-      make_pairs<true, false>(task, cell, step, next);
+    if (p_.dropout.threshold != 0) draw_dropout(task, tile, cell, rows);
+    if (p_.dropout.threshold != 0 || p_.softcap != 0 || keeps_ds_) {
+      make_pairs<true, true>(task, cell, s, dp, next);
+    } else if (cell.masked) {
+      make_pairs<true, false>(task, cell, s, dp, next);
     } else {
-      make_pairs<false, false>(task, cell, step, next);
+      make_pairs<false, false>(task, cell, s, dp, next);
     }
   }
 
@@ -287,23 +314,27 @@ class AmxTiles {
     }
   }
 
-  // Draws which elements of a cell and the next one in its rows are kept.
-  void draw_dropout(const Task& task, const BackwardTile& tile, const Cell& cell) const {
+  // Draws which elements of a cell are kept. 64 columns are drawn at a time: those of two cells, unless the first one
+  // is invisible.
+  void draw_dropout(const Task& task, const BackwardTile& tile, const Cell& cell, Range rows) const {
+    const int64_t drawn = cell.block * kSteps + cell.step / 2;
+    if (*task.drawn == drawn && cell.step % 2 == 1) return;
+    *task.drawn = drawn;
     const uint64_t slice = static_cast<uint64_t>(tile.batch * p_.num_heads_q + tile.head);
-    for (int64_t i = cell.rows.begin; i < cell.rows.end; ++i) {
-      task.keep[i - cell.rows.begin] =
-          dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(i), static_cast<uint64_t>(cell.columns.begin));
+    const uint64_t column = static_cast<uint64_t>(tile.columns.begin + cell.step / 2 * 64);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      task.keep[i - rows.begin] = dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(i), column);
     }
   }
 
   // The rows of a pair lie 16 apart, as pack_tiles pairs them. With kRare: dropout, softcap, or dS is to be kept.
   template <bool kMasked, bool kRare, typename Make>
-  void make_pairs(const Task& task, const Cell& cell, int64_t step, Background<Make>& next) const {
+  void make_pairs(const Task& task, const Cell& cell, float* s, const float* dp, Background<Make>& next) const {
     for (int64_t i = 0; i < 16; ++i) {
       __m512i p[2], x[2];
-      softmax_row<kMasked, kRare>(task, cell, i, step, &p[0], &x[0]);
-      softmax_row<kMasked, kRare>(task, cell, i + 16, step, &p[1], &x[1]);
-      const int64_t to = cell.at + i * 64;
+      softmax_row<kMasked, kRare>(task, cell, s, dp, i, &p[0], &x[0]);
+      softmax_row<kMasked, kRare>(task, cell, s, dp, i + 16, &p[1], &x[1]);
+      const int64_t to = cell.at() + i * 64;
       _mm512_storeu_si512(task.ds_rows + to, x[0]);
       _mm512_storeu_si512(task.ds_rows + to + kTileBytes, x[1]);
       _mm512_storeu_si512(task.ds_pairs + to, _mm512_unpacklo_epi16(x[0], x[1]));
@@ -316,18 +347,19 @@ class AmxTiles {
 
   // P (dropped) and dS of a row of a cell, in bfloat16; the survivors' rescaling is left to the end in dV.
   template <bool kMasked, bool kRare>
-  void softmax_row(const Task& task, const Cell& cell, int64_t row, int64_t step, __m512i* p, __m512i* x) const {
+  void softmax_row(const Task& task, const Cell& cell, const float* s, const float* dp, int64_t row, __m512i* p,
+                   __m512i* x) const {
     const FloatVec to_log2 = FloatVec::set1(to_log2_), zero = FloatVec::zero();
     const FloatVec shift = FloatVec::set1(task.shift[row]), delta = FloatVec::set1(task.delta[row]);
     FloatVec weights[2], dscores[2];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t at = row * kStep + half * 16;
-      const FloatVec score = load(cell.s + at);
-      FloatVec weight = exp2(fma(score, to_log2, shift)), dweight = load(cell.dp + at);
+      const FloatVec score = load(s + at);
+      FloatVec weight = exp2(fma(score, to_log2, shift)), dweight = load(dp + at);
       FloatVec dropped = weight;
       if (kRare && p_.dropout.threshold != 0) {
-        const __mmask16 kept = static_cast<__mmask16>(task.keep[row] >> (step % 2 * 32 + half * 16));
+        const __mmask16 kept = static_cast<__mmask16>(task.keep[row] >> (cell.step % 2 * 32 + half * 16));
         dropped = select(kept, weight, zero);
         dweight = select(kept, dweight * FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero);
       }
@@ -339,7 +371,7 @@ class AmxTiles {
         dscore = select(invisible, zero, dscore);
       }
       if (kRare) {
-        if (keeps_ds_) store(cell.ds + row * kKeys + half * 16, dscore);
+        if (keeps_ds_) store(task.ds + cell.ds_at() + row * kKeys + half * 16, dscore);
         // The slope of an invisible score may be NaN.
         if (p_.softcap != 0) dscore = select(eq(dscore, zero), zero, dscore * load(task.slope + at));
       }
@@ -350,13 +382,17 @@ class AmxTiles {
     *x = merge_bfloat16(dscores[0], dscores[1]);
   }
 
-  // sum [m_steps * kStep, kKeys] += left * pairs, over `depth` steps of queries; = where the sum is fresh.
-  static void add_transposed(Products& products, const char* left, int64_t m_steps, const char* pairs, float* sum,
-                             int64_t steps, int64_t depth, const bool* fresh) {
+  // sum [m_steps, kSteps, kStep, kStep] += left * pairs, from step `first` of its keys on; = where the sum is fresh.
+  static void add_transposed(const Task& task, Products& products, const char* left, int64_t m_steps, const char* pairs,
+                             int64_t first, float* sum) {
     for (int64_t m = 0; m < m_steps; ++m) {
-      for (int64_t j = 0; j < steps; ++j) {
-        products.run({left + m * kStepBytes, 64, m_steps * kStepBytes, pairs + j * kStepBytes, kTileBytes,
-                      kSteps * kStepBytes, sum + m * kStep * kKeys + j * kStep, kKeys * 4, depth, !fresh[j]});
+      for (int64_t j = 0; j < kSteps - first; ++j) {
+        const Range blocks = task.blocks_of[j];
+        if (blocks.begin >= blocks.end) continue;
+        products.run({left + (blocks.begin * m_steps + m) * kStepBytes, 64, m_steps * kStepBytes,
+                      pairs + (blocks.begin * kSteps + j) * kStepBytes, kTileBytes, kSteps * kStepBytes,
+                      sum + (m * kSteps + first + j) * kStep * kStep, kStep * 4, blocks.end - blocks.begin,
+                      !task.fresh[first + j]});
       }
     }
   }
@@ -374,8 +410,10 @@ class AmxTiles {
         if (key >= tile.width() || !mask.visible(i, tile.columns.begin + key)) continue;
         const char* tiles = pairs + (block * kSteps + column / kStep) * kStepBytes + column % kStep / 16 * kTileBytes;
         const BFloat16 factor = reinterpret_cast<const BFloat16*>(tiles)[at % 16 * 32 + column % 16 * 2 + at / 16];
+        float* at_sum = sum + (first_step(tile) + column / kStep) * kStep * kStep + column % kStep;
         for (int64_t d = 0; d < dim; ++d) {
-          if (!is_finite(row[d])) sum[d * kKeys + column] += to_float(factor) * to_float(row[d]);
+          if (!is_finite(row[d]))
+            at_sum[d / kStep * kKeys * kStep + d % kStep * kStep] += to_float(factor) * to_float(row[d]);
         }
       }
     }
@@ -397,7 +435,7 @@ class AmxTiles {
     }
   }
 
-  // Transposes a finished sum [dim, kKeys] and rounds it to its dtype.
+  // Transposes a finished sum and rounds it to its dtype.
   static void write_sum(const View& view, int64_t batch, int64_t head, Range keys, const Task& task, const float* sum,
                         int64_t dim, double factor) {
     if (view.data == nullptr) return;
@@ -416,7 +454,7 @@ class AmxTiles {
             }
           }
         } else {
-          write_transposed(row, dim - d, sum + d * kKeys + column, kKeys, scale);
+          write_transposed(row, dim - d, sum + d * kKeys + step * kStep * kStep + column % kStep, kStep, scale);
         }
       }
     }
