@@ -121,12 +121,21 @@ def test_as_exact_as_eager(backend, dtype, activation, gated):
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_as_exact_as_eager_at_size(backend, dtype):
     """Several blocks of tokens, of hidden units and of the summed dimensions."""
     inputs = tensors((700,), 300, 1100, gated=False, dtype=dtype, seed=1)
     found = run(inputs, fused(activation="gelu", backend=backend))
     assert_as_exact_as_eager(found, run(doubled(inputs), eager("gelu")), run(inputs, eager("gelu")))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 40, 385])
+def test_as_exact_as_eager_however_many_tokens(backend, dtype, tokens):
+    inputs = tensors((tokens,), 72, 200, dtype=dtype)
+    found = run(inputs, fused(activation="silu", backend=backend))
+    assert_as_exact_as_eager(found, run(doubled(inputs), eager("silu")), run(inputs, eager("silu")))
 
 
 @every_backend
@@ -144,10 +153,11 @@ def test_every_edge(backend, tokens, model_dim, ff_dim, out_dim):
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_dropout_drops_what_the_generator_says(backend, dtype, gated):
-    inputs = tensors((3, 23), 16, 70, gated=gated, dtype=dtype)
+@pytest.mark.parametrize("tokens", [13, 69])
+def test_dropout_drops_what_the_generator_says(backend, dtype, gated, tokens):
+    inputs = tensors((tokens,), 16, 150, gated=gated, dtype=dtype)
     state = torch.randint((1 << 63) - 1, (2,), generator=torch.Generator().manual_seed(5))
-    keep = keep_mask(state, 0.3, 1, 69, 70)
+    keep = keep_mask(state, 0.3, 1, tokens, 150)
     assert 0.6 < keep.float().mean() < 0.8
 
     def dropped(**leaves):
@@ -378,6 +388,15 @@ def test_what_has_no_pieces_takes_the_other_kernel(name, value, dtype):
     _cpu.set_isa(ISAS[-1])
     for tensor, expected in zip(found["amx"].values(), found["avx512"].values(), strict=True):
         assert torch.equal(tensor.nan_to_num(1.0, 2.0, 3.0), expected.nan_to_num(1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("backend", ISAS, indirect=True)
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-25, 1e30])
+def test_any_scale(backend, scale):
+    inputs = tensors((70,), 40, 100, gated=False)
+    inputs |= {name: inputs[name] * scale for name in ("weight_out", "bias_out")}
+    found = run(inputs, fused(activation="gelu", backend=backend))
+    assert_as_exact_as_eager(found, run(doubled(inputs), eager("gelu")), run(inputs, eager("gelu")))
 
 
 @pytest.mark.skipif(

@@ -7,8 +7,9 @@
 // float16 is the sum of two bfloat16, of whose four products three are taken; what lies between two products, kept as
 // two of them, loses 2^-16. bfloat16 takes one product, and rounds what lies between two of them as PyTorch does.
 //
-// Infinity has no such sum: Inf * 0 is NaN. Packing reports what is not finite, and the caller starts again without
-// tiles.
+// Infinity has no such sum: Inf * 0 is NaN. And tiles take subnormal numbers for 0, which the last pieces of very small
+// numbers are. Packing reports what is not finite and what is nothing but very small, and the caller starts again
+// without tiles.
 #pragma once
 
 #include <type_traits>
@@ -169,11 +170,18 @@ class TileEngine {
     tile_store<3>(c + 16 * p.c_row + 64, p.c_row);
   }
 
+  // What packing met: lanes with something that is not finite, and the largest elements.
+  struct Seen {
+    __mmask16 bad = 0;
+    FloatVec largest = FloatVec::zero();
+  };
+  static constexpr float kVerySmall = 0x1p-90f;  // the least piece of such an element is above 2^-108
+
   // Cuts x into pieces, each with the bits of a bfloat16 alone, and notes what is not finite.
   struct Cut {
     __m512 piece[kPieces];
   };
-  static Cut cut(FloatVec x, __mmask16* bad) {
+  static Cut cut(FloatVec x, Seen* seen) {
     const __m512i leading = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     Cut result;
     __m512 rest = x.v;
@@ -182,13 +190,14 @@ class TileEngine {
       result.piece[i] = _mm512_castsi512_ps(_mm512_and_si512(rounded, leading));
       rest = _mm512_sub_ps(rest, result.piece[i]);  // NaN where x or its rounding is not finite, and then it stays
     }
-    *bad |= _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q);
+    seen->bad |= _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q);
+    seen->largest = max(seen->largest, abs(x));
     return result;
   }
 
   // Elements 2 k and 2 k + 1 of a row side by side.
   template <typename S>
-  static Pairs along(const S* from, int64_t n, __mmask16* bad) {
+  static Pairs along(const S* from, int64_t n, Seen* seen) {
     if constexpr (std::is_same_v<S, BFloat16>) {
       static_assert(kPieces == 1);
       return {{_mm512_maskz_loadu_epi16(first_lanes32(n), from)}};
@@ -202,7 +211,7 @@ class TileEngine {
       } else {
         const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
                                              25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-        const Cut a = cut(low, bad), b = cut(high, bad);
+        const Cut a = cut(low, seen), b = cut(high, seen);
         Pairs pairs;
         for (int i = 0; i < kPieces; ++i) {
           pairs.piece[i] =
@@ -215,7 +224,7 @@ class TileEngine {
 
   // Elements k of two rows side by side, for 16 columns; a row that does not exist is null.
   template <typename S>
-  static Pairs across(const S* even, const S* odd, int64_t n, __mmask16* bad) {
+  static Pairs across(const S* even, const S* odd, int64_t n, Seen* seen) {
     const auto row = [&](const S* from) {
       if (from == nullptr || n <= 0) return FloatVec::zero();
       return n >= 16 ? load(from) : load_n(from, static_cast<int>(n));
@@ -232,7 +241,7 @@ class TileEngine {
                                                    22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
       return {{_mm512_permutexvar_epi16(interleaved, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v))}};
     } else {
-      const Cut low = cut(a, bad), high = cut(b, bad);
+      const Cut low = cut(a, seen), high = cut(b, seen);
       Pairs pairs;
       for (int i = 0; i < kPieces; ++i) pairs.piece[i] = merge(low.piece[i], high.piece[i]);
       return pairs;
@@ -242,7 +251,7 @@ class TileEngine {
   template <bool kAcross, bool kTransposed, typename S>
   static bool pack(const Operand& to, const S* from, int64_t stride, int64_t rows, int64_t columns) {
     constexpr int64_t kRows = kAcross ? 32 : 16, kColumns = kAcross ? 16 : 32;  // of `from` that fill a tile
-    __mmask16 bad = 0;
+    Seen seen;
     for (int64_t i = 0; i < round_up(rows, kStep); i += kRows) {
       for (int64_t k = 0; k < round_up(columns, kStep); k += kColumns) {
         // `n` counts along the result's rows or columns, `depth` along what is summed.
@@ -261,9 +270,9 @@ class TileEngine {
             _mm_prefetch(reinterpret_cast<const char*>(at + kRows * stride + 16), _MM_HINT_T0);
           }
           if constexpr (kAcross) {
-            pairs = across(row < rows ? at : nullptr, row + 1 < rows ? at + stride : nullptr, columns - k, &bad);
+            pairs = across(row < rows ? at : nullptr, row + 1 < rows ? at + stride : nullptr, columns - k, &seen);
           } else {
-            pairs = along(at, row < rows ? columns - k : 0, &bad);
+            pairs = along(at, row < rows ? columns - k : 0, &seen);
           }
           for (int piece = 0; piece < kPieces; ++piece) {
             if constexpr (kTransposed) {
@@ -284,7 +293,8 @@ class TileEngine {
         }
       }
     }
-    return bad == 0;
+    const float largest = reduce_max(seen.largest);
+    return seen.bad == 0 && (largest == 0 || largest >= kVerySmall);
   }
 };
 
