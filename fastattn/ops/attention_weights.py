@@ -53,7 +53,8 @@ def attention_weights(
     """The weights that :func:`fastattn.attention` would give each value, or a summary of them.
 
     ``P[i, j] = exp(s[i, j] - lse[i])`` over the visible keys and 0 elsewhere; ``s`` is attention's score.  A query that
-    may see no key has weights 0.  All but "none" are made from blocks of rows and never hold [seq_len_q, seq_len_k].
+    may see no key has weights 0.  All but "none" are made from tiles and never hold each head's
+    [seq_len_q, seq_len_k].
 
     Args:
         query: [batch, num_heads_q, seq_len_q, head_dim]; float32, bfloat16, float16 or float64.
