@@ -31,7 +31,7 @@ class ForwardAmx {
   bool run() {
     const auto bytes = [&](int64_t subblocks) { return measure([&](Carver& carver) { carve(carver, subblocks); }); };
     const int64_t helpers = ceil_div(max_threads(), ranges_);
-    const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, blocks_.count, helpers, bytes);
+    const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, p_.tokens, helpers, bytes);
     Carver shared(scratch(Scratch::kShared, static_cast<size_t>(measure([&](Carver& carver) { out_.carve(carver); }))));
     out_.carve(shared);
     out_.start();

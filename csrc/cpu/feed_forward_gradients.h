@@ -74,7 +74,7 @@ class FeedForwardGradients {
     if (args_.dbias_out != nullptr) sum_dout();
     if (!wants_dhidden_ && args_.dweight_out.data == nullptr) return true;
     const auto bytes = [&](int64_t subblocks) { return measure([&](Carver& carver) { carve(carver, subblocks); }); };
-    const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, blocks_.count, max_threads(), bytes);
+    const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, p_.tokens, max_threads(), bytes);
     Carver shared(scratch(Scratch::kShared, static_cast<size_t>(measure([&](Carver& carver) { dx_.carve(carver); }))));
     dx_.carve(shared);
     dx_.start();

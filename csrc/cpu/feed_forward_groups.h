@@ -45,12 +45,15 @@ struct UnitGroups {
 };
 // `bytes(n)` is the working memory of a task of n sub-blocks.
 template <typename Engine, typename Bytes>
-inline UnitGroups unit_groups(int64_t ff_dim, int64_t token_blocks, int64_t threads, const Bytes& bytes) {
+inline UnitGroups unit_groups(int64_t ff_dim, int64_t tokens, int64_t threads, const Bytes& bytes) {
   const int64_t subblocks = ceil_div(ff_dim, Engine::kUnits), one = bytes(1), more = bytes(2) - one;
-  // What is packed for a single block of tokens gains nothing from company that drives it out of the cache.
-  const int64_t fit = token_blocks == 1 ? (kCacheBytes - one) / more + 1 : max((kTaskBytes - one) / more + 1, 2);
+  // A task packs all tokens, and adds to a sum of as many rows: that wants many units. It packs their weights, which
+  // are wanted again by every token: that wants few, so that they stay in the second-level cache. Few tokens, few
+  // units.
+  const int64_t most = max(min(kMostUnits, tokens) / Engine::kUnits, 1);
+  const int64_t fit = min(most, max((kTaskBytes - one) / more + 1, 2));
   // As many tasks as threads, or a multiple of it.
-  int64_t tasks = ceil_div(subblocks, max(min(fit, kMostUnits / Engine::kUnits), 1));
+  int64_t tasks = ceil_div(subblocks, fit);
   tasks = subblocks >= threads ? min(round_up(tasks, threads), subblocks) : subblocks;
   return {subblocks, tasks, ceil_div(subblocks, tasks)};
 }
