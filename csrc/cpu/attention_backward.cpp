@@ -164,7 +164,7 @@ class PanelTiles {
   // From scores and gradients of the (dropped) probabilities to (dropped) probabilities and gradients of the scores.
   // The survivors' rescaling is left to the end in dV.
   //
-  // A row all of whose keys are in the tile makes its own delta, sum(P dP), from what dS is made of: where few keys
+  // A row all of whose keys are in the tile mends its delta by what its dP say, sum(P (dP - delta)): where few keys
   // share the weight, dP - delta cancels, and it must be the rounded dP that do.
   template <bool kMasked, bool kDrops>
   void softmax_backward(const Task& task, const BackwardHead<C>& shared, const BackwardTile& tile,
@@ -177,6 +177,7 @@ class PanelTiles {
       C *p = task.p + i * kKeys, *ds = task.ds + i * kKeys;
       const int64_t row = tile.rows.begin + i;
       const Vec<C> shift = Vec<C>::set1(shared.shift[row]), factor = Vec<C>::set1(shared.factor[row]);
+      const Vec<C> delta = Vec<C>::set1(shared.delta[row] + shared.dlse[row]);
       uint64_t keep[kKeys / 64];
       Vec<C> sum = Vec<C>::zero();
       for (int64_t j = 0; j < tile.width(); j += W) {
@@ -185,30 +186,31 @@ class PanelTiles {
                                            static_cast<uint64_t>(tile.columns.begin + j));
         }
         const Vec<C> score = load(p + j);
-        Vec<C> weight = exp2_of_difference(score, shift) * factor, dweight = load(ds + j);
+        Vec<C> weight = exp2_less(score, shift) * factor, dweight = load(ds + j);
         if (kDrops) {
           const auto kept = mask_from_bits<C>(keep[j / 64] >> (j % 64));
           dweight = select(kept, dweight * rescale, Vec<C>::zero());
         }
+        dweight = dweight - delta;
         if (kMasked) {
           // An invisible value may be NaN, and so may lse, by a key that this one shares its query with.
           const auto invisible = eq(score, hidden);
           weight = select(invisible, Vec<C>::set1(C(-1)), weight);  // to be known again
           dweight = select(invisible, Vec<C>::zero(), dweight);
         }
+        if (tile.width() - j < W) {  // a ragged tile's last vector holds columns that do not exist
+          dweight = select(mask_from_bits<C>(bit_range(0, tile.width() - j)), dweight, Vec<C>::zero());
+        }
         sum = fma(weight, dweight, sum);
         store(p + j, weight);
         store(ds + j, dweight);
       }
       const Range seen = mask.k_range(row, row + 1);
-      const bool alone = tile.columns.begin <= seen.begin && seen.end <= tile.columns.end;
-      const Vec<C> delta = Vec<C>::set1(alone ? reduce_add(sum) : shared.delta[row]);
-      const Vec<C> dlse = Vec<C>::set1(
-          alone && args_.dlse != nullptr ? static_cast<C>(args_.dlse[static_cast<int64_t>(slice) * p_.seq_len_q + row])
-                                         : C(0));
+      const bool alone = p_.sinks.data == nullptr && tile.columns.begin <= seen.begin && seen.end <= tile.columns.end;
+      const Vec<C> rest = Vec<C>::set1(alone ? reduce_add(sum) : C(0)), dlse = Vec<C>::set1(shared.dlse[row]);
       for (int64_t j = 0; j < tile.width(); j += W) {
         const Vec<C> weight = load(p + j);
-        Vec<C> dropped = weight, dscore = weight * (load(ds + j) - delta + dlse);
+        Vec<C> dropped = weight, dscore = weight * (load(ds + j) - rest + dlse);
         if (kDrops) dropped = select(mask_from_bits<C>(keep[j / 64] >> (j % 64)), weight, Vec<C>::zero());
         if (kMasked) {
           const auto invisible = lt(weight, Vec<C>::zero());

@@ -306,12 +306,12 @@ class AmxTiles {
     }
   }
 
-  // What the softmax of a cell needs of its rows: shifts, negated, and deltas. The rows' factors stay out: what they
-  // mend is float32's, and P is rounded to bfloat16.
+  // What the softmax of a cell needs of its rows: lse, negated, and deltas. A float32 lse is exact enough where P is
+  // rounded to bfloat16.
   void load_statistics(const Task& task, const BackwardHead<C>& head, Range rows) const {
     for (int64_t i = 0; i < kStep; i += 16) {
       const int n = static_cast<int>(max(0, min(16, rows.end - rows.begin - i)));
-      store(task.shift + i, FloatVec::zero() - load_n(head.shift + rows.begin + i, n));
+      store(task.shift + i, FloatVec::zero() - load_n(head.log2_lse + rows.begin + i, n));
       store(task.delta + i, load_n(head.delta + rows.begin + i, n));
     }
   }

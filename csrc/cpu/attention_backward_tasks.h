@@ -5,7 +5,7 @@
 // A task is one tile of keys of one key-value head against all query blocks of all query heads of its group. It packs
 // its keys and values once and keeps dK and dV to itself; into dQ the tasks of a head add in turn, in the order of
 // their keys. So every sum has one order whatever the threads, nothing is computed twice, and a head may occupy as many
-// threads as it has tiles. Memory is O(seq_len): dQ in the compute type, three numbers a query, what the products want
+// threads as it has tiles. Memory is O(seq_len): dQ in the compute type, five numbers a query, what the products want
 // packed of a head, and each thread's tile.
 #pragma once
 
@@ -34,7 +34,9 @@ struct BackwardHead {
   C* dq;          // [blocks * grid.rows, dq_stride], before the scale
   C* shift;       // [seq_len_q]: what makes a score a probability: see RowScale
   C* factor;      // [seq_len_q]
+  C* log2_lse;    // [seq_len_q]
   C* delta;       // [seq_len_q]: sum(dout * out) - dlse
+  C* dlse;        // [seq_len_q]
   int32_t* turn;  // [blocks]: which tile's turn it is to add to dq
   char* packed;   // what the products want of its queries and dout
 };
@@ -125,7 +127,7 @@ class Backward {
   int64_t sink_sums() const { return args_.dsinks != nullptr ? p_.batch * p_.num_heads_q * grid_.blocks : 0; }
   int64_t head_bytes() const {
     return round_up(grid_.blocks * grid_.rows * dq_stride_ * sizeof(C), 64) +
-           3 * round_up(p_.seq_len_q * sizeof(C), 64) + round_up(grid_.blocks * sizeof(int32_t), 64) +
+           5 * round_up(p_.seq_len_q * sizeof(C), 64) + round_up(grid_.blocks * sizeof(int32_t), 64) +
            round_up(tiles_.head_bytes(), 64);
   }
   Head carve_head(int64_t slot) const {
@@ -134,7 +136,9 @@ class Backward {
     head.dq = carver.take<C>(grid_.blocks * grid_.rows * dq_stride_);
     head.shift = carver.take<C>(p_.seq_len_q);
     head.factor = carver.take<C>(p_.seq_len_q);
+    head.log2_lse = carver.take<C>(p_.seq_len_q);
     head.delta = carver.take<C>(p_.seq_len_q);
+    head.dlse = carver.take<C>(p_.seq_len_q);
     head.turn = carver.take<int32_t>(grid_.blocks);
     head.packed = carver.take<char>(tiles_.head_bytes());
     return head;
@@ -177,10 +181,12 @@ class Backward {
         const RowScale<C> scale(lse[i]);
         shared.shift[i] = scale.shift;
         shared.factor[i] = scale.factor;
+        shared.log2_lse[i] = scale.log2_lse;
         const bool empty = lse[i] == -__builtin_inf();
         const double dlse = args_.dlse != nullptr ? args_.dlse[slice * p_.seq_len_q + i] : 0.0;
         const double dot = static_cast<double>(reduce_add(sum)), delta = empty ? 0.0 : dot - dlse;
         shared.delta[i] = static_cast<C>(delta);
+        shared.dlse[i] = static_cast<C>(empty ? 0.0 : dlse);
         const double sink_weight = p_.sinks.data == nullptr || empty ? 0.0 : __builtin_exp(sink - lse[i]);
         sink_sum -= sink_weight * delta;
         bias_.row_sum(slice, i, sink_weight, empty ? 0.0 : dot, empty ? 0.0 : dlse);

@@ -136,21 +136,24 @@ class Scores {
   bool plain_;
 };
 
-// The probabilities of a row whose lse is known: exp2_of_difference(score, shift) * factor, 0 for an empty row. The
-// shift is the lse in powers of two, the factor what its rounding loses: an error of the whole row of eps * |lse| / 2.
+// The probabilities of a row whose lse is known: exp2_less(score, shift) * factor, 0 for an empty row. The shift is the
+// lse's whole powers of two, the factor the rest: nothing is subtracted from a score, and no rounding of the lse is an
+// error of the whole row.
 template <typename C>
 struct RowScale {
   C shift, factor;
+  C log2_lse;  // in one number, rounded: for probabilities that are rounded more than that; 0 for an empty row
 
   explicit RowScale(double lse) {
     // An infinite lse (of a score of +inf) is not subtracted: what is finite beside it must become 0.
     constexpr double kHighest = sizeof(C) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
-    const bool empty = lse == -__builtin_inf();
-    const double log2_lse = empty ? 0.0 : lse * kLog2E;
-    shift = static_cast<C>(log2_lse > kHighest ? kHighest : log2_lse);
-    const double lost = log2_lse > kHighest ? 0.0 : static_cast<double>(shift) - log2_lse;
-    store_n(&factor, exp2(Vec<C>::set1(static_cast<C>(lost))), 1);
-    if (empty) factor = 0;
+    const bool empty = lse == -__builtin_inf(), infinite = lse == __builtin_inf();
+    const double exact = empty ? 0.0 : infinite ? kHighest : lse * kLog2E;
+    log2_lse = static_cast<C>(exact);
+    shift = static_cast<C>(__builtin_rint(exact));
+    double rest[Vec<double>::kWidth];
+    store(rest, exp2(Vec<double>::set1(static_cast<double>(shift) - exact)));
+    factor = empty ? C(0) : static_cast<C>(rest[0]);
   }
 };
 

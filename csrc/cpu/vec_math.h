@@ -83,23 +83,18 @@ inline Vec<T> exp2(Vec<T> x) {
 #endif
 }
 
-// 2^(a - b) within 1 ulp for finite b: the difference, rounded, would be off by eps * |a - b| / 2. Its integral part n
-// is taken from it, its fraction from a - (b + n), where nothing is lost. 0 for a = -inf, NaN for a = inf or NaN.
+// 2^(x - n) within 1 ulp for integral n: x - n itself would be rounded. 0 for x = -inf, NaN stays NaN.
 template <typename T>
-inline Vec<T> exp2_of_difference(Vec<T> a, Vec<T> b) {
+inline Vec<T> exp2_less(Vec<T> x, Vec<T> n) {
   using C = ExpConstants<T>;
   const Vec<T> one = Vec<T>::set1(T(1));
 #if defined(FASTATTN_ISA_AVX512)
-  a = max(Vec<T>::set1(T(-1e30)), a);  // -inf - -inf is NaN
-  const Vec<T> n = round(a - b);
-  const Vec<T> r = a - (b + n);
-  return ldexp(fma(polynomial(r, C::kExp2), r, one), n);
+  const Vec<T> r = round_remainder(x);
+  return ldexp(fma(polynomial(r, C::kExp2), r, one), (x - r) - n);
 #else
-  const Vec<T> lowest = Vec<T>::set1(C::kExponentMin), difference = a - b;
-  const Vec<T> n = round(max(lowest, min(Vec<T>::set1(C::kExponentMax), difference)));
-  const Vec<T> r = a - (b + n);
-  const Vec<T> y = fma(polynomial(r, C::kExp2), r, one) * pow2(n);
-  return select(lt(difference, lowest), Vec<T>::zero(), y);
+  const Vec<T> lowest = Vec<T>::set1(C::kExponentMin), whole = round(x), power = whole - n, r = x - whole;
+  const Vec<T> scale = pow2(max(lowest, min(Vec<T>::set1(C::kExponentMax), power)));
+  return select(lt(power, lowest), Vec<T>::zero(), fma(polynomial(r, C::kExp2), r, one) * scale);
 #endif
 }
 
