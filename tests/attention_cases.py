@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from exactness import assert_within_rule
 from torch import Tensor
 
 import fastattn
@@ -315,12 +316,8 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Sums over many scores: a few numbers each, in which noise of either sign may cancel: eager's own error is luck.
-SUMS = ("dbias", "dsinks", "dslopes", "dtable")
-
-
 def assert_as_exact_as_eager(found: Result, case: Case, dtype: torch.dtype) -> None:
-    """The numerics rule: error <= 2 x eager's maximum and 1.5 x its mean, plus a few ulp of the largest value."""
+    """Asserts the numerics rule, as ``exactness.assert_within_rule`` has it."""
     right, stock = exact(case, dtype).named(), yardstick(case, dtype).named()
     for name, tensor in found.named().items():
         expected = right[name]
@@ -332,13 +329,7 @@ def assert_as_exact_as_eager(found: Result, case: Case, dtype: torch.dtype) -> N
         if error.numel() == 0:
             continue
         assert not error.isnan().any(), f"{name} has NaN"
-        # A probability recomputed from lse carries lse's rounding, and dP - delta cancels where few keys are seen.
-        slack = 2 if name in ("out", "lse") else 8 if name in SUMS else 6
-        if dtype == torch.float64:
-            slack = 64  # nothing more exact stands beside it: allow what another order of summation brings
-        ulp = float(expected[finite].abs().max()) * torch.finfo(tensor.dtype).eps
-        assert float(error.max()) <= 2 * float(of_eager.max()) + slack * ulp, name
-        assert float(error.mean()) <= 1.5 * float(of_eager.mean()) + slack / 2 * ulp, name
+        assert_within_rule(name, error, of_eager, float(expected[finite].abs().max()), tensor.dtype)
 
 
 def philox_4x32_10(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
