@@ -50,7 +50,7 @@ class TrainSettings:
         ValueError: a value outside its range.
     """
 
-    epochs: int = 10
+    epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 400
