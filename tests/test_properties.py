@@ -260,7 +260,7 @@ def test_attention_with_extreme_scores(call, isa, scale):
     # A sink, and a row without a key, pull the average towards 0.
     assert bool((out.float() <= high.clamp(min=0.0) + slack).all())
     assert bool((out.float() >= low.clamp(max=0.0) - slack).all())
-    if scale <= 1e3:
+    if call.query.dtype != torch.float16:  # where sums of large queries overflow
         assert all(bool(g.isfinite().all()) for g in grads if g is not None)
 
 
