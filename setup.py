@@ -47,7 +47,8 @@ COMMON_FLAGS = [
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
-    "-Wno-maybe-uninitialized",  # g++ 12 sees some inside its own AVX-512 header
+    "-Wno-maybe-uninitialized",  # g++ 12 sees some inside its own AVX-512 header, and of the plain kind too
+    "-Wno-uninitialized",
     "-Wno-unknown-warning-option",
 ]
 

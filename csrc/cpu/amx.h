@@ -268,6 +268,9 @@ inline __m512i merge_bfloat16(FloatVec a, FloatVec b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
 }
 
+// A maximum or an lse, in powers of two, whose own rounding is more than 2^-5: a score beside it has to be rounded too.
+constexpr float kHugeShift = 0x1p20f;
+
 // a * b, rounded by itself whatever is done to it next.
 inline FloatVec multiply_rounded(FloatVec a, FloatVec b) {
   return {_mm512_mul_round_ps(a.v, b.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

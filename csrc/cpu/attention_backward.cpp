@@ -186,7 +186,7 @@ class PanelTiles {
                                            static_cast<uint64_t>(tile.columns.begin + j));
         }
         const Vec<C> score = load(p + j);
-        Vec<C> weight = exp2_less(score, shift) * factor, dweight = load(ds + j);
+        Vec<C> weight = probability(score, shift, factor), dweight = load(ds + j);
         if (kDrops) {
           const auto kept = mask_from_bits<C>(keep[j / 64] >> (j % 64));
           dweight = select(kept, dweight * rescale, Vec<C>::zero());
@@ -199,7 +199,9 @@ class PanelTiles {
           dweight = select(invisible, Vec<C>::zero(), dweight);
         }
         if (tile.width() - j < W) {  // a ragged tile's last vector holds columns that do not exist
-          dweight = select(mask_from_bits<C>(bit_range(0, tile.width() - j)), dweight, Vec<C>::zero());
+          const auto exists = mask_from_bits<C>(bit_range(0, tile.width() - j));
+          weight = select(exists, weight, Vec<C>::zero());  // of a score of 0 beside a low lse it would be Inf
+          dweight = select(exists, dweight, Vec<C>::zero());
         }
         sum = fma(weight, dweight, sum);
         store(p + j, weight);

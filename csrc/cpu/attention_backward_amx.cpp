@@ -297,13 +297,18 @@ class AmxTiles {
       }
     }
     if (p_.dropout.threshold != 0) draw_dropout(task, tile, cell, rows);
-    if (p_.dropout.threshold != 0 || p_.softcap != 0 || keeps_ds_) {
+    if (p_.dropout.threshold != 0 || p_.softcap != 0 || keeps_ds_ || has_huge_shift(task)) {
       make_pairs<true, true>(task, cell, s, dp, next);
     } else if (cell.masked) {
       make_pairs<true, false>(task, cell, s, dp, next);
     } else {
       make_pairs<false, false>(task, cell, s, dp, next);
     }
+  }
+
+  static bool has_huge_shift(const Task& task) {
+    const FloatVec limit = FloatVec::set1(kHugeShift);
+    return (lt(limit, abs(load(task.shift))) | lt(limit, abs(load(task.shift + 16)))) != 0;
   }
 
   // What the softmax of a cell needs of its rows: lse, negated, and deltas. A float32 lse is exact enough where P is
@@ -358,7 +363,9 @@ class AmxTiles {
     for (int half = 0; half < 2; ++half) {
       const int64_t at = row * kStep + half * 16;
       const FloatVec score = load(s + at);
-      FloatVec weight = exp2(fma(score, to_log2, shift)), dweight = load(dp + at);
+      // Beside a huge shift the score must be rounded as the shift was.
+      const FloatVec power = kRare ? multiply_rounded(score, to_log2) + shift : fma(score, to_log2, shift);
+      FloatVec weight = exp2(power), dweight = load(dp + at);
       FloatVec dropped = weight;
       if (kRare && p_.dropout.threshold != 0) {
         const __mmask16 kept = static_cast<__mmask16>(task.keep[row] >> (cell.step % 2 * 32 + half * 16));

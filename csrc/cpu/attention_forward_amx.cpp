@@ -19,9 +19,8 @@ namespace {
 constexpr int64_t kRows = kStep;               // queries a block
 constexpr int64_t kKeys = 64;                  // keys a tile: all that a tile touches stays in the first-level cache
 constexpr int64_t kPStep = kRows * kStep * 2;  // bytes of the probabilities of a step
-constexpr int64_t kMinRows = 2;   // a single query's time is that of reading the keys: packing them would double it
-constexpr float kSlack = 8.0f;    // in powers of two
-constexpr float kHuge = 0x1p20f;  // a shift, in powers of two, whose rounding is more than 2^-5
+constexpr int64_t kMinRows = 2;  // a single query's time is that of reading the keys: packing them would double it
+constexpr float kSlack = 8.0f;   // in powers of two
 constexpr float kInfinity = __builtin_inff();
 
 using Whole = std::integral_constant<int64_t, kKeys / kStep>;  // the steps of a whole tile, for the compiler to see
@@ -201,7 +200,7 @@ class ForwardAmx {
       const FloatVec shift = select(grown, now, before);
       store(block.shift + half, shift);
       moved |= grown != 0;
-      huge |= lt(FloatVec::set1(kHuge), abs(shift)) != 0;
+      huge |= lt(FloatVec::set1(kHugeShift), abs(shift)) != 0;
     }
     if (moved && !first) rescale(block);
     huge ? exponentiate<true>(block, steps) : exponentiate<false>(block, steps);

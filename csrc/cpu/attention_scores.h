@@ -151,10 +151,21 @@ struct RowScale {
     const double exact = empty ? 0.0 : infinite ? kHighest : lse * kLog2E;
     log2_lse = static_cast<C>(exact);
     shift = static_cast<C>(__builtin_rint(exact));
+    // Far out a double holds nothing of the sum beside the maximum, and the nearest C is that maximum.
+    const bool far = exact > 0x1p45 || exact < -0x1p45;
     double rest[Vec<double>::kWidth];
-    store(rest, exp2(Vec<double>::set1(static_cast<double>(shift) - exact)));
+    store(rest, exp2(Vec<double>::set1(far ? 0.0 : static_cast<double>(shift) - exact)));
     factor = empty ? C(0) : static_cast<C>(rest[0]);
   }
 };
+
+// The probability of a score, by its row's scale. No lse in float64 is as exact as a score in float64 is large: what
+// would exceed 1 by far, and make Inf * 0 of a gradient, is held to it.
+template <typename C>
+inline Vec<C> probability(Vec<C> score, Vec<C> shift, Vec<C> factor) {
+  const Vec<C> p = exp2_less(score, shift) * factor;
+  if constexpr (sizeof(C) == 8) return min(Vec<C>::set1(1), p);
+  return p;
+}
 
 }  // namespace fastattn::FASTATTN_ISA

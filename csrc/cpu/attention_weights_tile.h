@@ -54,7 +54,7 @@ class WeightTiles {
       const RowScale<C> row = scale(batch, head, i);
       const Vec<C> shift = Vec<C>::set1(row.shift), factor = Vec<C>::set1(row.factor);
       if (row.shift == row.shift) {
-        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, exp2_less(load(s + j), shift) * factor);
+        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, probability(load(s + j), shift, factor));
       } else {  // a NaN reaches the keys that its row sees and no other
         for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
           store(w + j, select(eq(load(s + j), hidden), Vec<C>::zero(), shift));

@@ -77,12 +77,11 @@ inline FloatVec sqrt(FloatVec a) {
   for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-// Exact for |a| < 2^22, which is all that the callers of a non-AVX build hand in.
+inline FloatVec abs(FloatVec a) { return {(NativeFloat)((NativeInt32)a.v & INT32_MAX)}; }
 inline FloatVec round(FloatVec a) {
   const FloatVec magic = FloatVec::set1(0x1.8p23f);
-  return (a + magic) - magic;
+  return {abs(a).v < 0x1p22f ? ((a + magic) - magic).v : a.v};  // nearly all floats beyond are whole
 }
-inline FloatVec abs(FloatVec a) { return {(NativeFloat)((NativeInt32)a.v & INT32_MAX)}; }
 inline FloatVec copysign(FloatVec a, FloatVec sign) {
   return {(NativeFloat)(((NativeInt32)a.v & INT32_MAX) | ((NativeInt32)sign.v & INT32_MIN))};
 }
@@ -101,11 +100,11 @@ inline DoubleVec fnma(DoubleVec a, DoubleVec b, DoubleVec c) { return {c.v - a.v
 inline DoubleVec max(DoubleVec a, DoubleVec b) { return {a.v > b.v ? a.v : b.v}; }
 inline DoubleVec min(DoubleVec a, DoubleVec b) { return {a.v < b.v ? a.v : b.v}; }
 inline DoubleVec sqrt(DoubleVec a) { return {NativeDouble{__builtin_sqrt(a.v[0]), __builtin_sqrt(a.v[1])}}; }
+inline DoubleVec abs(DoubleVec a) { return {(NativeDouble)((NativeInt64)a.v & INT64_MAX)}; }
 inline DoubleVec round(DoubleVec a) {
   const DoubleVec magic = DoubleVec::set1(0x1.8p52);
-  return (a + magic) - magic;
+  return {abs(a).v < 0x1p51 ? ((a + magic) - magic).v : a.v};
 }
-inline DoubleVec abs(DoubleVec a) { return {(NativeDouble)((NativeInt64)a.v & INT64_MAX)}; }
 inline DoubleVec copysign(DoubleVec a, DoubleVec sign) {
   return {(NativeDouble)(((NativeInt64)a.v & INT64_MAX) | ((NativeInt64)sign.v & INT64_MIN))};
 }
