@@ -201,7 +201,7 @@ def test_only_the_gradients_asked_for(backend, wanted):
 
 @pytest.mark.parametrize("backend", ["cpu"] * fastattn.backends()["cpu"].available)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(300, 64, 5000), (3000, 64, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 64, 5000), (3000, 64, 50), (300, 1024, 5000), (20, 2048, 4096)], ids=str)
 def test_same_bits_at_any_thread_count(backend, dtype, shape):
     tokens, model_dim, vocab_size = shape
     inputs = tensors((tokens,), model_dim, vocab_size, dtype=dtype)

@@ -25,8 +25,8 @@ _HIDDEN_BLOCK = 1 << 22
 _VOCAB_BLOCK = 4096
 _LOGITS_BLOCK = 1 << 20
 
-# Most terms of a sum that one product takes.
-_INNER_BLOCK = 512
+# Most terms of a sum that one product takes: PyTorch shares a longer one out among the threads (seen on 1 to 8 of them).
+_INNER_BLOCK = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 256, torch.float16: 256}
 
 # From the gradient of the activation and what was activated to the latter's gradient.
 _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -197,7 +197,7 @@ class _Counted:
 
     def logits(self, rows: slice, weight: Tensor, classes: slice) -> Tensor:
         """Returns a block of logits in the accumulator's dtype."""
-        logits = (self.hidden[rows] @ weight.t()).to(lse_dtype(self.hidden.dtype))
+        logits = _product(self.hidden[rows], weight.t())
         return logits if self.call.bias is None else logits.add_(self.call.bias[classes])
 
     def position(self, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
@@ -228,17 +228,14 @@ class _Sum:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns ``a @ b`` in float32 and float64 with the same bits at any thread count.
-
-    PyTorch shares a long inner dimension out among the threads; up to 512 it does not (seen with float32 on 1 and 2
-    threads).  Half precision is left as it is, since it would round at every step.
-    """
-    if a.dtype not in (torch.float32, torch.float64):
-        return a @ b
-    first, *rest = _blocks(a.shape[1], _INNER_BLOCK)
-    out = a[:, first] @ b[first]
+    """Returns ``a @ b`` in the accumulator's dtype, with the same bits at any thread count."""
+    first, *rest = _blocks(a.shape[1], _INNER_BLOCK[a.dtype])
+    out = (a[:, first] @ b[first]).to(lse_dtype(a.dtype))
     for inner in rest:
-        out.addmm_(a[:, inner], b[inner])
+        if out.dtype == a.dtype:
+            out.addmm_(a[:, inner], b[inner])
+        else:
+            out += a[:, inner] @ b[inner]
     return out
 
 
