@@ -25,7 +25,7 @@ _HIDDEN_BLOCK = 1 << 22
 _VOCAB_BLOCK = 4096
 _LOGITS_BLOCK = 1 << 20
 
-# Most terms of a sum that one product takes: PyTorch shares a longer one out among the threads (seen on 1 to 8 of them).
+# Most terms of a sum that one product takes: PyTorch shares a longer one out among the threads (seen on 1 to 8).
 _INNER_BLOCK = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 256, torch.float16: 256}
 
 # From the gradient of the activation and what was activated to the latter's gradient.
