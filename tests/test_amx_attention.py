@@ -52,9 +52,7 @@ def edge_case(seed: int) -> Case:
 def test_edges_of_tiles(seed: int) -> None:
     case = edge_case(seed)
     found = run(inputs(case, torch.bfloat16).to(torch.bfloat16), "cpu")
-    # delta comes from out, rounded to bfloat16: where every query sees one key, dP - delta is that rounding and not 0.
-    spare_ulps = 4.0 if case.seq_len[1] == 1 else 0.0
-    assert_as_exact_as_eager(found, case, torch.bfloat16, spare_ulps)
+    assert_as_exact_as_eager(found, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -64,6 +64,12 @@ inline FloatVec activate(FloatVec x, FloatVec* slope) {
   }
 }
 
+// Elements [i, i + n) of a bias of type T; 0 where there is none.
+template <typename T, typename Count>
+inline FloatVec bias_at(const void* bias, int64_t i, Count n) {
+  return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
+}
+
 // Calls visitor(ActivationTag<A>()) for an activation known at run time.
 template <Activation A>
 struct ActivationTag {

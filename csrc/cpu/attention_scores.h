@@ -159,13 +159,12 @@ struct RowScale {
   }
 };
 
-// The probability of a score, by its row's scale. No lse in float64 is as exact as a score in float64 is large: what
-// would exceed 1 by far, and make Inf * 0 of a gradient, is held to it.
+// The probability of a score, by its row's scale. Another kernel's sum may have given the lse a largest score that
+// differs from this one in its last bits, and beside huge scores those are many powers of two: what would exceed 1, and
+// make Inf * 0 of a gradient, is held to it.
 template <typename C>
 inline Vec<C> probability(Vec<C> score, Vec<C> shift, Vec<C> factor) {
-  const Vec<C> p = exp2_less(score, shift) * factor;
-  if constexpr (sizeof(C) == 8) return min(Vec<C>::set1(1), p);
-  return p;
+  return min(Vec<C>::set1(1), exp2_less(score, shift) * factor);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

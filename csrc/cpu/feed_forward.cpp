@@ -138,9 +138,9 @@ class Forward {
         for_each_vec<float>(rows, [&](int64_t i, auto n) {
           FloatVec y;
           visit_activation(p_.activation, [&](auto tag) {
-            y = activate<decltype(tag)::kValue>(load(in + t * kUnits + i) + bias_vector(p_.bias_in, f + i, n));
+            y = activate<decltype(tag)::kValue>(load(in + t * kUnits + i) + bias_at<T>(p_.bias_in, f + i, n));
           });
-          if (gated()) y = y * (load(gate + t * kUnits + i) + bias_vector(p_.bias_gate, f + i, n));
+          if (gated()) y = y * (load(gate + t * kUnits + i) + bias_at<T>(p_.bias_gate, f + i, n));
           y = select(mask_from_bits<float>(keep >> i), y * rescale, FloatVec::zero());
           store_n(hidden + t * p_.ff_dim + f + i, y, n);
         });
@@ -153,15 +153,10 @@ class Forward {
       for (int64_t t = 0; t < N; ++t) {
         T* out = static_cast<T*>(args_.out.data) + t * args_.out.row_stride + row;
         for_each_vec<float>(rows, [&](int64_t i, auto n) {
-          store_n(out + i, load(sums + t * kUnits + i) + bias_vector(p_.bias_out, row + i, n), n);
+          store_n(out + i, load(sums + t * kUnits + i) + bias_at<T>(p_.bias_out, row + i, n), n);
         });
       }
     });
-  }
-
-  template <typename Count>
-  static FloatVec bias_vector(const void* bias, int64_t i, Count n) {
-    return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
   }
 
   // sums[t][i] = W[row + i] . x[t] for i < rows, with sums [N][kUnits].

@@ -8,7 +8,6 @@
 #include "feed_forward.h"
 #include "feed_forward_groups.h"
 #include "feed_forward_tiles.h"
-#include "philox.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -119,13 +118,8 @@ class ForwardAmx {
     const bool drops = p_.dropout.threshold != 0;
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
     for_each_vec<float>(units, [&](int64_t i, auto n) {
-      if (drops && i % 64 == 0) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          task.keep[t] =
-              dropout_keep_bits(p_.dropout, 0, static_cast<uint64_t>(token + t), static_cast<uint64_t>(first + i));
-        }
-      }
-      const FloatVec bias = bias_at(p_.bias_in, first + i, n), gate_bias = bias_at(p_.bias_gate, first + i, n);
+      if (drops && i % 64 == 0) draw_kept_units(p_.dropout, token, tokens, first + i, task.keep);
+      const FloatVec bias = bias_at<T>(p_.bias_in, first + i, n), gate_bias = bias_at<T>(p_.bias_gate, first + i, n);
       for (int64_t t = 0; t < tokens; ++t) {
         float* before = task.before.data + t * task.group + i;
         FloatVec hidden = activate<A>(load(before) + bias);
@@ -134,10 +128,6 @@ class ForwardAmx {
         store(before, hidden);
       }
     });
-  }
-  template <typename Count>
-  static FloatVec bias_at(const void* bias, int64_t i, Count n) {
-    return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
   }
 
   const FeedForwardArgs& args_;

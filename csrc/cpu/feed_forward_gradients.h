@@ -27,7 +27,6 @@
 #include "feed_forward_groups.h"
 #include "panel.h"
 #include "parallel.h"
-#include "philox.h"
 #include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -242,13 +241,8 @@ class FeedForwardGradients {
     const bool drops = p_.dropout.threshold != 0;
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
     for_each_vec<float>(units, [&](int64_t i, auto n) {
-      if (drops && i % 64 == 0) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          task.keep[t] =
-              dropout_keep_bits(p_.dropout, 0, static_cast<uint64_t>(token + t), static_cast<uint64_t>(first + i));
-        }
-      }
-      const FloatVec bias = bias_at(p_.bias_in, first + i, n), gate_bias = bias_at(p_.bias_gate, first + i, n);
+      if (drops && i % 64 == 0) draw_kept_units(p_.dropout, token, tokens, first + i, task.keep);
+      const FloatVec bias = bias_at<T>(p_.bias_in, first + i, n), gate_bias = bias_at<T>(p_.bias_gate, first + i, n);
       DoubleSum dbias, dbias_gate;
       if (token != 0) {
         dbias.load_from(task.dbias_in + i);
@@ -285,11 +279,6 @@ class FeedForwardGradients {
       dbias.store_to(task.dbias_in + i);
       if constexpr (kGated) dbias_gate.store_to(task.dbias_gate + i);
     });
-  }
-
-  template <typename Count>
-  static FloatVec bias_at(const void* bias, int64_t i, Count n) {
-    return bias == nullptr ? FloatVec::zero() : load_as_n<float>(static_cast<const T*>(bias) + i, n);
   }
 
   void write_weights(const Task& task, int64_t first, int64_t units) const {

@@ -5,6 +5,7 @@
 
 #include "feed_forward.h"
 #include "parallel.h"
+#include "philox.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -56,6 +57,13 @@ inline UnitGroups unit_groups(int64_t ff_dim, int64_t tokens, int64_t threads, c
   int64_t tasks = ceil_div(subblocks, fit);
   tasks = subblocks >= threads ? min(round_up(tasks, threads), subblocks) : subblocks;
   return {subblocks, tasks, ceil_div(subblocks, tasks)};
+}
+
+// keep[t]: of the 64 hidden units from `unit` on, those that dropout spares for token + t.
+inline void draw_kept_units(const Dropout& dropout, int64_t token, int64_t tokens, int64_t unit, uint64_t* keep) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    keep[t] = dropout_keep_bits(dropout, 0, static_cast<uint64_t>(token + t), static_cast<uint64_t>(unit));
+  }
 }
 
 // Bytes of what carve(Carver&) hands out.

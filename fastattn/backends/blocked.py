@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.backends.extension import kernels
 from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
 from fastattn.reference.linear_cross_entropy import reduce
 from fastattn.spec.attention import lse_dtype
@@ -99,8 +100,6 @@ def _hidden(call: FeedForwardCall, x: Tensor, rows: slice) -> tuple[Tensor, Tens
 
 def _keep(call: FeedForwardCall, rows: slice) -> Tensor:
     """Returns what dropout keeps of a block of tokens: bool [rows, ff_dim]."""
-    from fastattn.backends.cpu import kernels
-
     assert call.dropout_state is not None
     # The generator counts rows from the first.
     keep = torch.empty(1, min(rows.stop, call.num_tokens), call.ff_dim, dtype=torch.bool)

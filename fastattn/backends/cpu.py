@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Sequence
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastattn.backends import blocked
 from fastattn.backends.base import Backend
+from fastattn.backends.extension import cpu_flags, kernels, load
 from fastattn.spec import attention_weights as attention_weights_spec
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
@@ -27,7 +25,7 @@ class CpuBackend(Backend):
     device_types = ("cpu",)
 
     def unavailable(self) -> str | None:
-        return _load()[1]
+        return load()[1]
 
     def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         out, lse = empty_output(call)
@@ -162,13 +160,6 @@ def product_dtype(flags: Collection[str], dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Returns the processor's features beyond the instruction set in use, such as "amx_bf16"."""
-    module = _load()[0]
-    return frozenset() if module is None else frozenset(module.cpu_flags())
-
-
 def _kept(lse: Tensor) -> Tensor:
     """Returns lse, or its gradient, as the kernels take it; a user of the op may hand in a float32 one."""
     return lse.to(kept_lse_dtype(lse.device)).contiguous()
@@ -198,20 +189,3 @@ def _mask_with_rows(mask: Tensor | None) -> Tensor | None:
     if mask is None or (mask.stride(-1) in (0, 1) and mask.shape[-1] > 1):
         return mask
     return mask.contiguous()
-
-
-def kernels() -> ModuleType:
-    """Returns the extension module, whose presence ``unavailable`` has checked."""
-    module = _load()[0]
-    assert module is not None
-    return module
-
-
-@cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    """Returns the extension module, or why it is missing."""
-    # torch is imported before this file: its libgomp must be in the process first, so that both share one thread pool.
-    try:
-        return importlib.import_module("fastattn._cpu"), None
-    except ImportError as error:
-        return None, f"the extension fastattn._cpu is not built ({error}); install g++ and run: pip install -e ."

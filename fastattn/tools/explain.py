@@ -139,7 +139,7 @@ def _reasons(op: str, call: Any, chosen: Backend) -> dict[str, str]:
 def _served_by(backend: Backend) -> str:
     if backend.name != "cpu":
         return backend.name
-    from fastattn.backends.cpu import kernels
+    from fastattn.backends.extension import kernels
 
     return f"cpu ({kernels().isa()})"
 

@@ -118,7 +118,8 @@ def cpu_name() -> str:
 
 
 def _kernels() -> ModuleType | None:
-    from fastattn.backends.cpu import CpuBackend, kernels
+    from fastattn.backends.cpu import CpuBackend
+    from fastattn.backends.extension import kernels
 
     return None if CpuBackend().unavailable() else kernels()
 
