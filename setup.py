@@ -178,7 +178,8 @@ setup(
     package_data={
         "fastattn": ["py.typed"],
         "fastattn.data": ["*.gz", "LICENSE-*", "g2p/*"],
-        "fastattn.tools": ["*.html", "*.toml"],
+        "fastattn.tools": ["*.html"],
+        "fastattn.tools.bench": ["*.toml"],
     },
     ext_modules=[Extension("fastattn._cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildExt},

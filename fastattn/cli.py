@@ -185,9 +185,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from fastattn.tools import bench
+    from fastattn.tools.bench import runner
 
-    return bench.run(args.families, args.rows, [getattr(torch, d) for d in args.dtype], args.quick, args.json)
+    return runner.run(args.families, args.rows, [getattr(torch, d) for d in args.dtype], args.quick, args.json)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import fastattn
 from fastattn import cli
 from fastattn.backends.cpu import CpuBackend
 from fastattn.models import Seq2Seq, Seq2SeqConfig, g2p
-from fastattn.tools import bench, bench_cases, bench_model, demo, info, row_cases, verify_cli, verify_ops
+from fastattn.tools import demo, info, row_cases, verify_cli, verify_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning", "ignore:enable_nested_tensor")
 
@@ -137,15 +136,13 @@ def test_the_commit_is_that_of_the_package_or_unknown(tmp_path, monkeypatch):
         (["maps", "123", "--out", "x.html"], "1"),
         (["maps", "cat", "--out", "no/such/folder/x.html"], "no/such/folder"),
         (["bench", "atention"], "'attention'"),
-        (["bench", "--rows", "shrt"], "shrt"),
+        (["bench", "attention", "--rows", "shrt"], "shrt"),
         (["verify", "ops", "--op", "atention"], "'attention'"),
         (["verify", "ops", "--backend", "gpu"], "'cpu'"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, folder, capsys, monkeypatch):
     monkeypatch.setattr(g2p, "load_model", lambda: Seq2Seq.from_pretrained(folder))
-    monkeypatch.setattr(bench_cases, "FAMILIES", {"attention": bench_cases.FAMILIES["attention"]})
-    monkeypatch.setattr(bench, "FAMILIES", bench_cases.FAMILIES)
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -249,64 +246,3 @@ def test_row_cases_keep_the_rule(op):
 def test_row_cases_cover_every_feature():
     variants = {c.variant for c in row_cases.feed_forward_cases()}
     assert {"relu", "gelu", "gelu_tanh", "silu", "relu, gated", "silu, gated", "relu, no biases"} <= variants
-
-
-def _small_grid():
-    return {
-        "attention": {
-            "rows": [
-                {"name": name, "batch": 2, "heads": heads, "seq_len": [9, 9], "head_dim": 8, "causal": causal, **more}
-                for name, heads, causal, more in (
-                    ("plain", [2, 2], False, {}),
-                    ("causal", [2, 2], True, {}),
-                    ("gqa", [4, 2], True, {}),
-                    ("lengths", [2, 2], False, {"key_lengths": True}),
-                    ("window", [2, 2], True, {"window": 3}),
-                    ("bias", [2, 2], False, {"bias": "learned"}),
-                    ("dropout", [2, 2], False, {"dropout": 0.3}),
-                )
-            ]
-        },
-        "decode": {"rows": [{"name": "one", "batch": 1, "heads": [4, 2], "cache": 33, "head_dim": 8}]},
-        "softmax": {"rows": [[7, 33]]},
-        "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
-        "module": {"rows": [[2, 5, 16, 2]]},
-        "model": {
-            "generate": [{"batch": 2, "source": 5, "new_tokens": 4}],
-            "train_step": [{"batch": 2, "source": 5, "target": 6}],
-        },
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bench_checks_and_times_every_family(dtype, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_cases, "grid", _small_grid)
-    small = {"model_dim": 16, "num_heads": 2, "ff_dim": 32, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    monkeypatch.setattr(bench_model, "BASE", Seq2SeqConfig(source_vocab_size=20, target_vocab_size=30, **small))
-    monkeypatch.setattr(
-        bench, "time_in_turns", lambda calls, budget: [bench.Timing(call() is None, 0, 0, 1) for call in calls]
-    )
-    monkeypatch.setattr(bench.Result, "ratio", property(lambda self: 1.0))
-    monkeypatch.setattr(bench.Result, "rate", property(lambda self: 1.0))
-    out = tmp_path / "results.jsonl"
-    assert bench.run(list(bench_cases.FAMILIES), None, [dtype], False, out) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert lines[0]["environment"]["torch"] == str(torch.__version__)
-    rows = {(line["family"], line["row"], line["direction"]) for line in lines[1:]}
-    assert len(rows) == len(lines) - 1 == 7 * 2 + 1 + 2 + 2 * 2 + 2 + 2
-    assert ("attention", "bias", "forward + backward") in rows
-    assert {("model", "generate-2x5x4", "greedy"), ("model", "train_step-2x5x6", "train step")} <= rows
-    assert all("note" not in line for line in lines[1:])
-    assert "ratio" in capsys.readouterr().out
-
-
-def test_bench_times_no_wrong_answer(monkeypatch, capsys):
-    monkeypatch.setattr(bench_cases, "grid", _small_grid)
-    original = bench_cases.attention
-    monkeypatch.setattr(bench_cases, "attention", lambda *args, **kwargs: original(*args, **kwargs) * 1.001)
-    assert bench.run(["decode"], None, [torch.float32], False, None) == 1
-    assert "WRONG" in capsys.readouterr().out
-
-
-def test_the_grid_has_every_family():
-    assert set(bench_cases.FAMILIES) <= set(bench_cases.grid())

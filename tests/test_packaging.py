@@ -29,6 +29,6 @@ def test_source_distribution_and_data(tmp_path):
         shipped = {name.split("/", 1)[-1] for name in archive.getnames()}
     sources = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "csrc").rglob("*") if p.is_file()}
     data = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "fastattn" / "data").rglob("*") if p.is_file()}
-    assert sources | data | {"fastattn/tools/bench_grid.toml", "fastattn/py.typed"} <= shipped
+    assert sources | data | {"fastattn/tools/bench/grid.toml", "fastattn/py.typed"} <= shipped
     (library,) = (tmp_path / "build").glob("lib*")
     assert data <= {p.relative_to(library).as_posix() for p in library.rglob("*")}

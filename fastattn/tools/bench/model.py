@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattn.models import Seq2Seq, Seq2SeqConfig
-from fastattn.tools.bench_case import Case, relative
+from fastattn.tools.bench.case import SEED, Case, relative
+from fastattn.tools.bench.workload import ModelWorkload
 
 # The base model of Vaswani et al. 2017, table 3, with a vocabulary a side.
 BASE = Seq2SeqConfig(source_vocab_size=32000, target_vocab_size=32000)
@@ -20,7 +22,6 @@ BASE = Seq2SeqConfig(source_vocab_size=32000, target_vocab_size=32000)
 _CHECKED_SEQUENCES = 2
 # Each of twelve layers rounds anew: in bfloat16 gradients are off by 3 to 4 %, in PyTorch as here.
 _TOLERANCE = 3.0
-_SEED = 11
 
 
 def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
@@ -32,7 +33,7 @@ def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Cas
 def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
     """Returns a random model, and the same weights on ``torch.nn.Transformer``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(SEED)
         ours = Seq2Seq(BASE.replace(activation=activation))
     with torch.no_grad():
         # Their logits are 0 and never the largest: nothing ends before its time.
@@ -60,29 +61,39 @@ def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
 
 
 def _tokens(vocab_size: int, batch: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     first = 1 + max(BASE.pad_id, BASE.bos_id, BASE.eos_id, BASE.unk_id)
     return torch.randint(first, vocab_size, (batch, length), generator=generator)
+
+
+def stock_call(work: ModelWorkload) -> Callable[[], Any]:
+    """Returns the workload's call on ``torch.nn.Transformer``, which keeps no keys: every step decodes all tokens so
+    far."""
+    stock, source, target = work.stock, work.source, work.target
+    if target is not None:
+        return _step(stock, partial(_stock_loss, stock, source, target))
+    config = stock.config
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        stock.eval()
+        ids = source.new_full((source.shape[0], 1), config.bos_id)
+        memory, padding = stock.encode(source), source == config.pad_id
+        for _ in range(work.new_tokens):
+            hidden = stock.decode(ids, memory, padding)[:, -1]
+            ids = torch.cat((ids, (hidden @ stock.target_embedding.weight.T).argmax(-1, keepdim=True)), dim=1)
+        return ids
+
+    return generate
 
 
 def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
     ours, stock = _models(dtype, BASE.activation)
     batch, new_tokens = row["batch"], row["new_tokens"]
     source = _tokens(BASE.source_vocab_size, batch, row["source"])
-    bos = source.new_full((batch, 1), BASE.bos_id)
 
     def generate() -> list[list[int]]:
         return ours.generate(source, max_new_tokens=new_tokens)
-
-    @torch.no_grad()
-    def peer() -> Tensor:
-        """Greedy search; ``torch.nn`` keeps no keys, so that every step decodes all tokens so far."""
-        stock.eval()
-        memory, padding, ids = stock.encode(source), source == BASE.pad_id, bos
-        for _ in range(new_tokens):
-            hidden = stock.decode(ids, memory, padding)[:, -1]
-            ids = torch.cat((ids, (hidden @ stock.target_embedding.weight.T).argmax(-1, keepdim=True)), dim=1)
-        return ids
 
     @torch.no_grad()
     def error() -> float:
@@ -90,12 +101,14 @@ def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
         found = torch.tensor(generate())
         if found.shape != (batch, new_tokens):
             return float("inf")
+        bos = source.new_full((batch, 1), BASE.bos_id)
         logits = copy.deepcopy(stock).double().eval()(source, torch.cat((bos, found[:, :-1]), dim=1))
         return relative(logits.gather(-1, found[..., None])[..., 0], logits.amax(-1))
 
     encoder, decoder = _parameters(ours)
     flops = 2.0 * batch * (row["source"] * encoder + new_tokens * decoder)
-    return Case("model", name, "greedy", generate, {"torch.nn": peer}, flops, "GFLOP/s", error, _TOLERANCE)
+    work = ModelWorkload(stock, source, new_tokens=new_tokens)
+    return Case(name, "greedy", work, generate, flops, "GFLOP/s", error, _TOLERANCE)
 
 
 def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
@@ -105,24 +118,13 @@ def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
     target = _tokens(BASE.target_vocab_size, batch, row["target"] + 1)
     target[:, 0] = BASE.bos_id
 
-    def loss(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
-        return model.loss(source, target, label_smoothing=BASE.label_smoothing)
-
-    def stock_loss(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
-        logits = model(source, target[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), label_smoothing=BASE.label_smoothing)
-
-    def step(model: Seq2Seq, loss: Callable[[Seq2Seq, Tensor, Tensor], Tensor]) -> Callable[[], Any]:
-        parameters = list(model.parameters())
-        return lambda: torch.autograd.grad(loss(model.train(), source, target), parameters)
-
     def error() -> float:
         few = source[:_CHECKED_SEQUENCES], target[:_CHECKED_SEQUENCES]
         # Without ReLU: which side of its kink a unit falls on changes gradients by 1e-3, and either may be right.
         smooth, exact = _models(dtype, "gelu")
         exact.double()
         # Evaluation mode: without dropout.
-        found, wanted = loss(smooth.eval(), *few), stock_loss(exact.eval(), *few)
+        found, wanted = _loss(smooth.eval(), *few), _stock_loss(exact.eval(), *few)
         parameters = dict(exact.named_parameters())
         grads = torch.autograd.grad(found, list(smooth.parameters()))
         exact_grads = torch.autograd.grad(wanted, [parameters[name] for name, _ in smooth.named_parameters()])
@@ -131,8 +133,28 @@ def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
 
     encoder, decoder = _parameters(ours)
     flops = 6.0 * batch * (row["source"] * encoder + row["target"] * decoder)
-    peers = {"torch.nn": step(stock, stock_loss)}
-    return Case("model", name, "train step", step(ours, loss), peers, flops, "GFLOP/s", error, _TOLERANCE)
+    step = _step(ours, partial(_loss, ours, source, target))
+    work = ModelWorkload(stock, source, target)
+    return Case(name, "train step", work, step, flops, "GFLOP/s", error, _TOLERANCE)
+
+
+def _loss(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
+    return model.loss(source, target, label_smoothing=BASE.label_smoothing)
+
+
+def _stock_loss(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
+    logits = model(source, target[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), label_smoothing=BASE.label_smoothing)
+
+
+def _step(model: Seq2Seq, loss: Callable[[], Tensor]) -> Callable[[], Any]:
+    parameters = list(model.parameters())
+
+    def run() -> Any:
+        model.train()
+        return torch.autograd.grad(loss(), parameters)
+
+    return run
 
 
 def _parameters(model: Seq2Seq) -> tuple[int, int]:

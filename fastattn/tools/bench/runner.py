@@ -15,7 +15,9 @@ import torch
 
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.tools import info
-from fastattn.tools.bench_cases import FAMILIES, Case, cases
+from fastattn.tools.bench import peers
+from fastattn.tools.bench.case import Case
+from fastattn.tools.bench.families import FAMILIES, cases
 from fastattn.tools.measure import Timing, time_in_turns
 from fastattn.tools.table import heading, seconds, table
 
@@ -40,7 +42,7 @@ class Result(NamedTuple):
 
     @property
     def best_peer(self) -> str:
-        return min(self.case.peers, key=lambda name: self.timings[name].median)
+        return min((name for name in self.timings if name != "fastattn"), key=lambda name: self.timings[name].median)
 
     @property
     def ratio(self) -> float:
@@ -116,7 +118,7 @@ def measure(case: Case, dtype: torch.dtype, budget: float) -> Result:
             return Result(case, dtype, float("nan"), {}, "refused")
         if not error <= _TOLERANCE[dtype] * case.tolerance:
             return Result(case, dtype, error, {}, "WRONG")
-        calls = {"fastattn": case.ours, **case.peers}
+        calls = {"fastattn": case.ours, **peers.calls(case.workload)}
         timings = time_in_turns(list(calls.values()), budget=budget * len(calls))
     return Result(case, dtype, error, dict(zip(calls, timings, strict=True)))
 

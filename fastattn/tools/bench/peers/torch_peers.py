@@ -1,0 +1,112 @@
+"""PyTorch itself: its fused attention, its modules, and the ops one writes attention and feed-forward with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastattn.tools import eager
+from fastattn.tools.bench import model, module
+from fastattn.tools.bench.case import timed
+from fastattn.tools.bench.peers.peer import Call, Peer
+from fastattn.tools.bench.workload import (
+    AttentionWorkload,
+    DecodeWorkload,
+    FeedForwardWorkload,
+    ModelWorkload,
+    ModuleWorkload,
+    SoftmaxWorkload,
+)
+
+# An eager peer that holds more scores than this tells nothing but that memory is slow.
+_EAGER_ELEMENTS = 1 << 25
+
+
+class TorchSdpa(Peer):
+    """``F.scaled_dot_product_attention``, which chooses its kernel itself."""
+
+    name = "torch SDPA"
+
+    def attention(self, work: AttentionWorkload) -> Call | None:
+        allowed = None if work.only_causal else work.visible()
+
+        def sdpa(*tensors: Tensor) -> Tensor:
+            query, key, value, *bias = tensors
+            given = bias[0] if bias else allowed
+            return F.scaled_dot_product_attention(
+                query, key, value, given, work.dropout_p, work.only_causal, enable_gqa=work.grouped
+            )
+
+        if work.bias is not None and (work.only_causal or allowed is not None):
+            return None  # one argument for both
+        return timed(sdpa, work.tensors, work.dout, backward=work.backward)
+
+    def decode(self, work: DecodeWorkload) -> Call | None:
+        return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=work.grouped), work.tensors)
+
+
+class TorchEager(Peer):
+    """Attention and feed-forward as one writes them from PyTorch's ops, and the fused row-wise ops."""
+
+    name = "torch eager"
+
+    def attention(self, work: AttentionWorkload) -> Call | None:
+        batch, heads, seq_q, _ = work.query.shape
+        if batch * heads * seq_q * work.key.shape[2] > _EAGER_ELEMENTS or work.dropout_p:
+            return None
+        visible = work.visible()
+
+        def plain(*tensors: Tensor) -> Tensor:
+            query, key, value, *bias = tensors
+            return eager.attention(query, key, value, visible=visible, bias=bias[0] if bias else None)[0]
+
+        return timed(plain, work.tensors, work.dout, backward=work.backward)
+
+    def softmax(self, work: SoftmaxWorkload) -> Call | None:
+        columns = (work.input.shape[-1],)
+        ops: dict[str, Callable[..., Tensor]] = {
+            "softmax": lambda x: x.softmax(-1),
+            "log_softmax": lambda x: x.log_softmax(-1),
+            "layer_norm": lambda x, weight, bias: F.layer_norm(x, columns, weight, bias),
+            "rms_norm": lambda x, weight: F.rms_norm(x, columns, weight, 1e-5),
+        }
+        op = ops[work.op]
+        if work.out is not None:
+            if work.op not in ("softmax", "log_softmax"):
+                return None
+            into = torch.softmax if work.op == "softmax" else torch.log_softmax
+            return timed(lambda x: into(x, -1, out=work.out), work.tensors)
+        return timed(op, work.tensors, work.dout, backward=work.backward)
+
+    def feed_forward(self, work: FeedForwardWorkload) -> Call | None:
+        def plain(*tensors: Tensor) -> Tensor:
+            x, weight_in, bias_in, weight_out, bias_out, *gate = tensors
+            return eager.feed_forward(
+                x,
+                weight_in,
+                bias_in,
+                weight_out,
+                bias_out,
+                activation=work.activation,
+                weight_gate=gate[0] if gate else None,
+            )
+
+        return timed(plain, work.tensors, work.dout, backward=work.backward)
+
+
+class TorchNn(Peer):
+    """``torch.nn``'s modules."""
+
+    name = "torch.nn"
+
+    def module(self, work: ModuleWorkload) -> Call | None:
+        return module.call(module.stock(work, work.dtype), work)
+
+    def model(self, work: ModelWorkload) -> Call | None:
+        return model.stock_call(work)
+
+
+TORCH_PEERS: tuple[Peer, ...] = (TorchSdpa(), TorchEager(), TorchNn())

@@ -1,0 +1,242 @@
+"""What one call of the benchmark computes, said so that fastattn and every peer can compute it.
+
+A call that is timed returns what the workload asks for: the output where ``backward`` is False, else a tuple of the
+gradients of :attr:`tensors`, in that order, for the gradient ``dout`` of the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastattn.models import Seq2Seq
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWorkload:
+    """``softmax(query @ key^T / sqrt(head_dim)) @ value``.
+
+    Attributes:
+        query: [batch, num_heads_q, seq_len_q, head_dim].
+        key: [batch, num_heads_kv, seq_len_k, head_dim].
+        value: like ``key``.
+        dout: gradient of the output, like ``query``.
+        backward: whether gradients of ``tensors`` are wanted, or the output without any.
+        causal: query i sees keys 0 to i; the two lengths are equal.
+        window: query i sees keys i - window + 1 to i; None for all.
+        key_lengths: int64 [batch], keys of each sequence that exist; None for all.
+        bias: [1, num_heads_q, seq_len_q, seq_len_k], added to the scaled scores; gets a gradient too.
+        dropout_p: probability of a weight to be dropped, in the forward as in the backward.
+    """
+
+    family: ClassVar[str] = "attention"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    backward: bool = False
+    causal: bool = False
+    window: int | None = None
+    key_lengths: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What gets a gradient: query, key, value and, where there is one, the bias."""
+        return [self.query, self.key, self.value, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share one of key and value."""
+        return self.query.shape[1] != self.key.shape[1]
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether the mask is exactly what ``is_causal=True`` says."""
+        return self.causal and self.window is None and self.key_lengths is None
+
+    def visible(self) -> Tensor | None:
+        """Returns who may attend as bool [1 or batch, 1, 1 or seq_len_q, seq_len_k]; None where everybody may."""
+        seq_q, seq_k = self.query.shape[2], self.key.shape[2]
+        device = self.query.device
+        found: list[Tensor] = []
+        if self.causal or self.window is not None:
+            distance = torch.arange(seq_q, device=device)[:, None] - torch.arange(seq_k, device=device)
+            seen = distance >= 0
+            found.append((seen if self.window is None else seen & (distance < self.window))[None, None])
+        if self.key_lengths is not None:
+            found.append((torch.arange(seq_k, device=device) < self.key_lengths[:, None])[:, None, None, :])
+        return None if not found else found[0] if len(found) == 1 else found[0] & found[1]
+
+    def visible_pairs(self) -> float:
+        """Returns how many pairs of a query and a key one head computes, over the batch; a causal square is half."""
+        batch, _, seq_q, _ = self.query.shape
+        seq_k = self.key.shape[2]
+        if self.key_lengths is not None:
+            return float(seq_q * self.key_lengths.sum().item())
+        if self.window is not None:
+            return float(batch * sum(min(i + 1, self.window) for i in range(seq_q)))
+        return batch * seq_q * seq_k * (0.5 if self.causal else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeWorkload:
+    """One query a sequence against a cache of keys and values, all of which it sees; without gradients.
+
+    Attributes:
+        query: [batch, num_heads_q, 1, head_dim].
+        key: [batch, num_heads_kv, cache, head_dim].
+        value: like ``key``.
+    """
+
+    family: ClassVar[str] = "decode"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.query, self.key, self.value]
+
+    @property
+    def grouped(self) -> bool:
+        return self.query.shape[1] != self.key.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxWorkload:
+    """An op over the last dimension of a matrix.
+
+    Attributes:
+        op: "softmax", "log_softmax", "layer_norm" or "rms_norm"; the norms with an eps of 1e-5.
+        input: [rows, columns].
+        dout: gradient of the output, like ``input``.
+        backward: whether gradients of ``tensors`` are wanted, or the output without any.
+        weight: [columns], of the norms.
+        bias: [columns], of the layer norm.
+        out: existing buffer that the output is written into; None for a new one.
+    """
+
+    family: ClassVar[str] = "softmax"
+    op: str
+    input: Tensor
+    dout: Tensor
+    backward: bool = False
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    out: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.input, self.weight, self.bias) if t is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardWorkload:
+    """``linear(activation(linear(input)))``; the activation times ``input @ weight_gate^T`` where there is a gate.
+
+    Attributes:
+        input: [tokens, model_dim].
+        weight_in: [ff_dim, model_dim].
+        bias_in: [ff_dim].
+        weight_out: [model_dim, ff_dim].
+        bias_out: [model_dim].
+        dout: gradient of the output, like ``input``.
+        weight_gate: [ff_dim, model_dim], or None.
+        activation: "relu", "gelu" (with erf) or "silu".
+        backward: whether gradients of ``tensors`` are wanted, or the output without any.
+    """
+
+    family: ClassVar[str] = "feed_forward"
+    input: Tensor
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+    dout: Tensor
+    activation: str
+    weight_gate: Tensor | None = None
+    backward: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that gets a gradient, the gate last."""
+        found = [self.input, self.weight_in, self.bias_in, self.weight_out, self.bias_out]
+        return found if self.weight_gate is None else [*found, self.weight_gate]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleWorkload:
+    """Self-attention by an ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)``, weights wanted.
+
+    The call returns output and mean weights; as a training step, the gradients of all parameters for ``dout`` = input,
+    in the order of ``nn.MultiheadAttention.parameters()``.
+
+    Attributes:
+        state: the module's state_dict.
+        num_heads: of the module.
+        input: [batch, seq_len, embed_dim], query, key and value in one.
+        backward: a training step (train mode), or evaluation (eval mode) without gradients.
+        training: train mode without gradients where ``backward`` is False.
+        need_weights: what the module is called with.
+    """
+
+    family: ClassVar[str] = "module"
+    state: dict[str, Tensor]
+    num_heads: int
+    input: Tensor
+    backward: bool = False
+    training: bool = False
+    need_weights: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWorkload:
+    """A whole encoder-decoder that generates, or takes a training step.
+
+    Attributes:
+        stock: the model with a ``torch.nn.Transformer`` inside, its ``config`` and its ``state_dict()``; not to be
+            changed.
+        source: int64 [batch, source length], no padding.
+        target: int64 [batch, target length + 1] that begins with ``config.bos_id``, of a training step; None for
+            generation.
+        new_tokens: of generation: greedy, as many for every sequence; none ends early.
+    """
+
+    family: ClassVar[str] = "model"
+    stock: Seq2Seq
+    source: Tensor
+    target: Tensor | None = None
+    new_tokens: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.stock.parameters()).dtype
+
+
+Workload = AttentionWorkload | DecodeWorkload | SoftmaxWorkload | FeedForwardWorkload | ModuleWorkload | ModelWorkload
