@@ -26,7 +26,7 @@ CPU_DIR = ROOT / "csrc" / "cpu"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Everything else is a kernel.
-COMPILED_ONCE = ("bindings", "isa", "lines", "parallel", "scratch")
+COMPILED_ONCE = ("bindings", "isa", "lines", "pages", "parallel", "scratch")
 
 # Flags of each instruction set; "portable" is whatever the compiler takes as its baseline.
 ISAS: dict[str, list[str]] = {"portable": []}

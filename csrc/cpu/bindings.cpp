@@ -20,12 +20,15 @@
 #include "isa.h"
 #include "lines.h"
 #include "norm.h"
+#include "pages.h"
 #include "softmax.h"
 
 namespace py = pybind11;
 
 namespace fastattn {
 namespace {
+
+int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // What a kernel needs to know of a tensor of up to four dimensions.
 struct TensorInfo {
@@ -92,22 +95,39 @@ T* read_pointer(py::handle tensor) {
   return static_cast<T*>(PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr()));
 }
 
+// The same of a tensor of `elements` that a kernel is about to fill.
+void* read_new_pointer(py::handle tensor, int64_t elements, DType dtype) {
+  void* data = read_pointer<void>(tensor);
+  if (data != nullptr) prefer_huge_pages(data, elements * item_bytes(dtype));
+  return data;
+}
+
+// A tensor that a kernel is about to fill, which nobody has written to yet.
+TensorInfo read_new(py::handle tensor) {
+  const TensorInfo info = read_tensor(tensor);
+  int64_t elements = 1;  // from the first to the last: it has no gaps
+  for (int i = 0; i < info.dims; ++i) elements += (info.size[i] - 1) * info.stride[i];
+  prefer_huge_pages(info.data, elements * item_bytes(info.dtype));
+  return info;
+}
+
 View to_view(const TensorInfo& info) {
   View view{info.data, info.dtype, {}};
   for (int i = 0; i < info.dims; ++i) view.stride[i] = info.stride[i];
   return view;
 }
 
-// A tensor of four dimensions, None for an absent one; dimensions of size 1 are broadcast.
-View read_broadcast(py::handle tensor) {
-  if (tensor.is_none()) return {};
-  const TensorInfo info = read_tensor(tensor);
+// The view of a tensor in which dimensions of size 1 are broadcast.
+View to_broadcast(const TensorInfo& info) {
   View view = to_view(info);
   for (int i = 0; i < info.dims; ++i) {
     if (info.size[i] == 1) view.stride[i] = 0;
   }
   return view;
 }
+
+// A tensor of four dimensions, None for an absent one; dimensions of size 1 are broadcast.
+View read_broadcast(py::handle tensor) { return tensor.is_none() ? View{} : to_broadcast(read_tensor(tensor)); }
 
 // The floating-point fields of a Dropout from probability and state tensor [seed, offset] (None: no dropout).
 Dropout read_dropout(py::handle state, double p) {
@@ -170,7 +190,7 @@ AttentionProblem read_attention(const py::tuple& call) {
   if (!field(kRelativeBias).is_none()) {
     // Entry j - i + seq_len_q - 1 of a head's row: a view whose rows go backwards from element seq_len_q - 1.
     const View relative = read_broadcast(field(kRelativeBias));
-    const int64_t item = relative.dtype == DType::kFloat64 ? 8 : relative.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t item = item_bytes(relative.dtype);
     char* first = static_cast<char*>(relative.data) + (p.seq_len_q - 1) * item;
     p.bias[1] = {first, relative.dtype, {0, relative.stride[0], -1, 1}};
   }
@@ -280,7 +300,7 @@ void register_attention_forward(py::module_& m) {
       [](const py::tuple& call, py::handle out, py::handle lse) {
         AttentionForwardArgs args;
         args.problem = read_attention(call);
-        args.out = to_view(read_tensor(out));
+        args.out = to_view(read_new(out));
         args.lse = read_rows(lse, args.problem);
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(attention_forward, args);
@@ -300,12 +320,12 @@ void register_attention_backward(py::module_& m) {
         args.lse = read_rows(lse, args.problem);
         args.dlse = dlse.is_none() ? nullptr : read_rows(dlse, args.problem);
         const auto read_optional = [](py::handle tensor) {
-          return tensor.is_none() ? View{} : to_view(read_tensor(tensor));
+          return tensor.is_none() ? View{} : to_view(read_new(tensor));
         };
         args.dq = read_optional(dq);
         args.dk = read_optional(dk);
         args.dv = read_optional(dv);
-        args.dbias = read_broadcast(dbias);
+        if (!dbias.is_none()) args.dbias = to_broadcast(read_new(dbias));
         if (!drelative.is_none()) {
           const View view = read_broadcast(drelative);
           args.drelative = {view.data, view.dtype, {0, view.stride[0], 0, 1}};
@@ -337,8 +357,9 @@ void register_norm(py::module_& m) {
         args.residual = read_matrix(residual);
         args.weight = read_matrix(weight);
         args.bias = read_matrix(bias);
-        args.out = read_pointer<void>(out);
-        args.total = read_pointer<void>(total);
+        const int64_t elements = args.shape.rows * args.shape.columns;
+        args.out = read_new_pointer(out, elements, args.input.dtype);
+        args.total = read_new_pointer(total, residual.is_none() ? 0 : elements, args.input.dtype);
         args.mean = read_pointer<void>(mean);
         args.rstd = read_pointer<void>(rstd);
         py::gil_scoped_release release;
@@ -357,7 +378,7 @@ void register_norm(py::module_& m) {
         args.rstd = read_pointer<void>(rstd);
         args.dout = read_matrix(dout);
         args.dtotal = read_matrix(dtotal);
-        args.dinput = read_pointer<void>(dinput);
+        args.dinput = read_new_pointer(dinput, args.shape.rows * args.shape.columns, args.input.dtype);
         args.dweight = read_matrix(dweight);
         args.dbias = read_matrix(dbias);
         py::gil_scoped_release release;
@@ -373,7 +394,7 @@ void register_attention_weights(py::module_& m) {
         AttentionWeightsArgs args;
         args.problem = read_attention(call);
         args.lse = to_view(read_tensor(lse));
-        args.out = to_view(read_tensor(out));
+        args.out = to_view(read_new(out));
         if (mean) {  // [batch, seq_len_q, seq_len_k]
           args.out.stride[2] = args.out.stride[1];
           args.out.stride[1] = 0;
@@ -416,6 +437,8 @@ Lines read_lines(py::handle source, py::handle mask, py::handle dim) {
                     call_method(source, python.stride).cast<Numbers>(), mask_stride);
 }
 
+int64_t elements(const Lines& lines) { return lines.outer * lines.across * lines.length; }
+
 void register_softmax(py::module_& m) {
   m.def(
       "softmax",
@@ -426,9 +449,9 @@ void register_softmax(py::module_& m) {
         args.lines = read_lines(field(kInput), field(kMask), field(kDim));
         args.input = read_pointer<void>(field(kInput));
         args.mask = read_pointer<uint8_t>(field(kMask));
-        args.out = read_pointer<void>(out);
         args.input_dtype = read_dtype(field(kInput));
         args.out_dtype = read_dtype(out);
+        args.out = read_new_pointer(out, elements(args.lines), args.out_dtype);
         args.scale = field(kScale).cast<double>();
         args.log = field(kLog).cast<bool>();
         args.past_caches = past_caches;
@@ -446,9 +469,9 @@ void register_softmax(py::module_& m) {
         args.out = read_pointer<void>(field(kOut));
         args.dout = read_pointer<void>(field(kDout));
         args.mask = read_pointer<uint8_t>(field(kMask));
-        args.dinput = read_pointer<void>(dinput);
         args.out_dtype = read_dtype(field(kOut));
         args.dinput_dtype = read_dtype(dinput);
+        args.dinput = read_new_pointer(dinput, elements(args.lines), args.dinput_dtype);
         args.scale = field(kScale).cast<double>();
         args.log = field(kLog).cast<bool>();
         args.past_caches = past_caches;

@@ -3,9 +3,7 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#  include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace fastattn {
 namespace {
@@ -28,9 +26,7 @@ struct Buffer {
     data = std::aligned_alloc(unit, rounded);
     if (data == nullptr) throw std::bad_alloc();
     bytes = rounded;
-#if defined(__linux__)
-    if (unit == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // 512 page faults become one
-#endif
+    prefer_huge_pages(data, static_cast<int64_t>(rounded));
     return data;
   }
 };

@@ -1,0 +1,23 @@
+#include "pages.h"
+
+#if defined(__linux__)
+#  include <sys/mman.h>
+#endif
+
+namespace fastattn {
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes <= 0) return;
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
+}
+
+}  // namespace fastattn
