@@ -3,7 +3,7 @@
 Each kernel of `csrc/cpu/` is compiled once for each instruction set of `ISAS`, `*_amx.cpp` for AMX alone, the files of
 `COMPILED_ONCE` once. Objects are kept in the build folder and rebuilt only when a source, a header or the command
 changed. Without a compiler the package still installs and runs on its reference backend; FASTATTN_REQUIRE_CPU=1 makes
-that an error.
+that an error. FASTATTN_SANITIZE names sanitizers to build with (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ COMMON_FLAGS = [
     "-Wno-uninitialized",
     "-Wno-unknown-warning-option",
 ]
+
+# Optimised as little as keeps the sanitised tests within minutes; the first finding ends the process.
+SANITIZE = os.environ.get("FASTATTN_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", "-g1"] if SANITIZE else []
 
 
 class BuildUnavailable(RuntimeError):
@@ -140,7 +144,7 @@ class BuildExt(build_ext):
         def add(source: Path, name: str, flags: list[str]) -> None:
             target = out_dir / f"{name}.o"
             depfile = ["-MMD", "-MF", str(target.with_suffix(".d"))]
-            base = [*compiler, *COMMON_FLAGS, *targets, *flags, f"-I{CPU_DIR}"]
+            base = [*compiler, *COMMON_FLAGS, *SANITIZE_FLAGS, *targets, *flags, f"-I{CPU_DIR}"]
             jobs.append((target, [*base, *depfile, "-c", str(source), "-o", str(target)]))
 
         python_flags = ["-isystem", pybind11.get_include(), "-isystem", python_include]
@@ -164,7 +168,7 @@ class BuildExt(build_ext):
 
         objects = [target for target, _ in jobs]
         # libgomp.so.1 by name: loaded after torch, whose wheel brings that very name, the process has one thread pool.
-        link = [*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)]
+        link = [*compiler, "-shared", "-fopenmp", *SANITIZE_FLAGS, *map(str, objects), "-o", str(library)]
         if not library.exists() or any(o.stat().st_mtime_ns > library.stat().st_mtime_ns for o in objects):
             library.parent.mkdir(parents=True, exist_ok=True)
             run(link)

@@ -27,14 +27,14 @@ class TileScope {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
     static_assert(sizeof(config) == 64);
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  ~TileScope() { _tile_release(); }
+  ~TileScope() { asm volatile("tilerelease"); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// The tile instructions. GCC's own intrinsics want literal numbers and do not say that a load reads memory.
+// The tile instructions. GCC's own intrinsics want literal numbers and do not say what memory a load reads.
 template <int kTile>
 inline void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));

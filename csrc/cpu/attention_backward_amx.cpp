@@ -155,7 +155,9 @@ class AmxTiles {
         product.b = (which == 0 ? task.k_t : task.v_t) + key * steps * kStepBytes;
         product.b_right = steps * kTileBytes;
         product.b_step = kTileBytes;
-        product.c = (which == 0 ? task.s : task.dp)[index % 2];
+        // Not (which == 0 ? task.s : task.dp)[index % 2]: there GCC 12's UndefinedBehaviorSanitizer loses the index.
+        float* const* to = which == 0 ? task.s : task.dp;
+        product.c = to[index % 2];
         product.c_row = kStep * 4;
         product.steps = steps;
         return product;

@@ -4,6 +4,7 @@
 
 #include <new>
 #include <thread>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #  include <pthread.h>
@@ -31,6 +32,15 @@ void wait_for_turn(const int32_t* turn, int64_t mine) {
 }
 
 void pass_turn(int32_t* turn) { __atomic_store_n(turn, *turn + 1, __ATOMIC_RELEASE); }
+
+#if defined(__SANITIZE_THREAD__)
+void run_on_new_threads(int64_t threads, void (*run)(const void*), const void* body) {
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(run, body);
+  run(body);
+  for (std::thread& other : others) other.join();
+}
+#endif
 
 void throw_out_of_memory() { throw std::bad_alloc(); }
 
