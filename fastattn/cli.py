@@ -88,17 +88,29 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="of --strategy sample")
     _add_threads(generate)
 
-    bench = add("bench", _bench, "time fastattn beside PyTorch, after checking every answer")
+    bench = add("bench", _bench, "time fastattn beside its peers, after checking every answer")
     bench.add_argument(
         "families",
         nargs="*",
         metavar="FAMILY",
-        help="attention, decode, softmax, feed_forward, module, model; by default all",
+        help="attention, decode, softmax, feed_forward, module, model, overhead, threads, scaling; by default all",
+    )
+    bench.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    bench.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+    bench.add_argument(
+        "--backends", nargs="+", metavar="NAME", help="ours to time side by side; auto is each call's own choice (auto)"
+    )
+    bench.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="only these, or none, e.g. 'torch SDPA'; by default all that are here",
     )
     bench.add_argument("--quick", action="store_true", help="fewer rounds, and no row that takes long")
     bench.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the grid")
-    bench.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
-    bench.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a row to this file")
+    bench.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for results.jsonl (appended to), report.html and its plots"
+    )
     _add_threads(bench)
 
     verify = add("verify", _verify, "check every answer and gradient against float64, beside eager PyTorch")
@@ -187,7 +199,16 @@ def _generate(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from fastattn.tools.bench import runner
 
-    return runner.run(args.families, args.rows, [getattr(torch, d) for d in args.dtype], args.quick, args.json)
+    return runner.run(
+        args.families,
+        names=args.rows,
+        dtypes=[getattr(torch, d) for d in args.dtype],
+        device=args.device,
+        backends=args.backends,
+        peer_names=args.peers,
+        quick=args.quick,
+        out=args.out,
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:

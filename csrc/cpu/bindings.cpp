@@ -21,6 +21,7 @@
 #include "lines.h"
 #include "norm.h"
 #include "pages.h"
+#include "peak.h"
 #include "softmax.h"
 
 namespace py = pybind11;
@@ -294,6 +295,56 @@ double* read_rows(py::handle tensor, const AttentionProblem& p) {
   return static_cast<double*>(info.data);
 }
 
+// Memory to stream, from a float32 vector and, unless it is None, to another as long.
+StreamArgs read_stream(py::handle source, py::handle target) {
+  const TensorInfo from = read_tensor(source);
+  const int64_t bytes = from.size[0] * static_cast<int64_t>(sizeof(float));
+  const StreamArgs args{from.data, read_pointer<void>(target), bytes};
+  const bool fits = target.is_none() || read_tensor(target).size[0] == from.size[0];
+  const auto at = reinterpret_cast<uintptr_t>(args.from) | reinterpret_cast<uintptr_t>(args.to);
+  if (!fits || from.dims != 1 || from.stride[0] != 1 || from.dtype != DType::kFloat32 || bytes % 1024 || at % 64) {
+    throw std::invalid_argument("streamed memory is float32 vectors of a multiple of 256, at a multiple of 64 bytes");
+  }
+  return args;
+}
+
+void register_limits(py::module_& m) {
+  m.def(
+      "multiply_add_peak",
+      [](int64_t rounds) {
+        py::gil_scoped_release release;
+        return FASTATTN_DISPATCH(multiply_add_peak, rounds);
+      },
+      "Runs float32 multiply-adds in registers on all threads; returns how many floating point operations they were.");
+  m.def(
+      "tile_peak",
+      [](int64_t rounds) {
+#if defined(FASTATTN_HAS_AMX)
+        py::gil_scoped_release release;
+        if (current_isa() == Isa::kAmx) return amx::tile_peak(rounds);
+#endif
+        return 0.0 * static_cast<double>(rounds);
+      },
+      "The same for bfloat16 products on AMX tiles; 0 where they are not in use.");
+  m.def(
+      "read_memory",
+      [](py::handle source) {
+        const StreamArgs args = read_stream(source, py::none());
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(read_memory, args);
+      },
+      "Reads a float32 vector on all threads.");
+  m.def(
+      "copy_memory",
+      [](py::handle source, py::handle target) {
+        const StreamArgs args = read_stream(source, target);
+        if (args.to == nullptr) throw std::invalid_argument("there is nowhere to copy to");
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(copy_memory, args);
+      },
+      "Copies a float32 vector into another on all threads, past the caches.");
+}
+
 void register_attention_forward(py::module_& m) {
   m.def(
       "attention_forward",
@@ -523,6 +574,7 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::fetch_python_objects();
   fastattn::register_isa(m);
   fastattn::register_dropout_mask(m);
+  fastattn::register_limits(m);
   fastattn::register_feed_forward(m);
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);

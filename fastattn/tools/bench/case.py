@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,33 +14,52 @@ from fastattn.tools.bench.workload import Workload
 SEED = 11
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Case:
     """One figure of the benchmark.
 
     Attributes:
+        family: of rows.
         name: of the row.
         direction: "forward", "forward + backward", or how a module or model is called.
-        workload: what is computed; peers run it too.
+        shape: the row as the grid has it.
         ours: runs it on fastattn.
-        work: floating point operations, or bytes, of one run.
-        unit: "GFLOP/s" or "GB/s", what ``work`` over time is shown in.
+        workload: what is computed, for peers to run it too; None where none does.
+        peers: of them, the only ones that matter here; None for all.
+        others: further calls by name, to be compared with like peers.
+        before: what runs untimed before a call of that name ("fastattn" is ours).
+        comparable: whether a peer's answer must be ours: not where chance or a close call decides.
         error: returns the largest error of ours against float64, over the largest element.
         tolerance: how many times the error of a single op is allowed.
+        flops: floating point operations of one run.
+        moved: bytes of its inputs and outputs.
+        unit: "GFLOP/s" or "GB/s", what the rate is shown in; "us" for the time beyond the best peer's.
+        bandwidth: "read" or "copy": which of the measured limits GB/s are held against.
+        only_backend: the backend that the call is bound to; None where it obeys ``use_backend``.
     """
 
+    family: str
     name: str
     direction: str
-    workload: Workload
+    shape: Any = None
     ours: Callable[[], Any]
-    work: float
-    unit: str
+    workload: Workload | None = None
+    peers: tuple[str, ...] | None = None
+    others: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    before: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    comparable: bool = True
     error: Callable[[], float]
     tolerance: float = 1.0
+    flops: float = 0.0
+    moved: float = 0.0
+    unit: str = "GFLOP/s"
+    bandwidth: str = "read"
+    only_backend: str | None = None
 
     @property
-    def family(self) -> str:
-        return self.workload.family
+    def work(self) -> float:
+        """What the rate counts of one run."""
+        return self.moved if self.unit == "GB/s" else self.flops
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -49,15 +68,21 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return distance / max(reference.abs().max().item(), 1e-30) if distance == distance else float("inf")
 
 
-class Draw:
-    """Normal random tensors of a dtype from a stream of their own."""
+def size(tensors: Sequence[Tensor]) -> float:
+    """Returns how many bytes the tensors hold."""
+    return float(sum(t.numel() * t.element_size() for t in tensors))
 
-    def __init__(self, dtype: torch.dtype) -> None:
+
+class Draw:
+    """Normal random tensors of a dtype from a stream of their own: the same on every device."""
+
+    def __init__(self, dtype: torch.dtype, device: str = "cpu") -> None:
         self._generator = torch.Generator().manual_seed(SEED)
         self._dtype = dtype
+        self._device = device
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self._dtype)
+        return (torch.randn(shape, generator=self._generator) * scale).to(self._device, self._dtype)
 
 
 def timed(
@@ -68,3 +93,20 @@ def timed(
         return torch.no_grad()(lambda: function(*tensors))
     leaves = [t.detach().requires_grad_() for t in tensors]
     return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+
+def largest_error(
+    ours: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    dout: Tensor,
+    backward: bool,
+) -> float:
+    """Returns the largest error of ``ours``, or of any of its gradients, against ``exact`` in float64."""
+    leaves = [t.detach().requires_grad_(backward) for t in tensors]
+    wide = [t.detach().double().requires_grad_(backward) for t in tensors]
+    found, wanted = ours(*leaves), exact(*wide)
+    if not backward:
+        return relative(found, wanted)
+    grads = torch.autograd.grad(found, leaves, dout), torch.autograd.grad(wanted, wide, dout.double())
+    return max(relative(g, w) for g, w in zip(*grads, strict=True))

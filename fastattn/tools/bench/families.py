@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
-from fastattn.tools.bench import attention, decode, feed_forward, model, module, softmax
+from fastattn.tools.bench import attention, decode, feed_forward, model, module, overhead, scaling, softmax, threads
 from fastattn.tools.bench.case import Case
 
-FAMILIES: dict[str, Callable[[str, Any, torch.dtype], Iterator[Case]]] = {
+FAMILIES: dict[str, Callable[[str, Any, torch.dtype, str], Iterator[Case]]] = {
     "attention": attention.cases,
     "decode": decode.cases,
     "softmax": softmax.cases,
     "feed_forward": feed_forward.cases,
     "module": module.cases,
     "model": model.cases,
+    "overhead": overhead.cases,
+    "threads": threads.cases,
+    "scaling": scaling.cases,
 }
 
 
@@ -27,24 +30,35 @@ def grid() -> dict[str, Any]:
     return tomllib.loads(resources.files("fastattn.tools.bench").joinpath("grid.toml").read_text(encoding="utf-8"))
 
 
-def cases(family: str, dtype: torch.dtype, names: Sequence[str] | None) -> Iterator[Case]:
+def cases(family: str, dtype: torch.dtype, names: Sequence[str] | None, device: str = "cpu") -> Iterator[Case]:
     """Yields the cases of a family in a dtype, built one at a time, so that one row's tensors are held at a time.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    for name, row in rows(family, names, device):
+        yield from FAMILIES[family](name, row, dtype, device)
+
+
+def rows(family: str, names: Sequence[str] | None = None, device: str = "cpu") -> list[tuple[str, Any]]:
+    """Returns the rows of a family that are meant for a device, and their names.
 
     Raises:
         ValueError: there is no such family.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}")
-    for name, row in _rows(grid()[family]):
-        if name != "gpu" and (names is None or name in names):
-            yield from FAMILIES[family](name, row, dtype)
+    table = grid()[family]
+    on_gpu = device != "cpu"
+    # A table "gpu" stands for the CPU's rows, which are too small there; a row "gpu" is too large for a CPU.
+    found = _named(table["gpu"] if on_gpu and "gpu" in table else table)
+    return [(n, row) for n, row in found if (on_gpu or n != "gpu") and (names is None or n in names)]
 
 
-def _rows(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _named(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields each row of a table and its name; rows that stand under a task's name instead of "rows" hold it, too."""
-    for task, rows in table.items():
-        # A table in the table is for GPUs.
-        for row in () if isinstance(rows, Mapping) else rows:
+    for task, found in table.items():
+        for row in () if isinstance(found, Mapping) else found:
             if task != "rows":
                 yield "-".join((task, "x".join(map(str, row.values())))), {**row, "task": task}
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.tools import eager
-from fastattn.tools.bench.case import Case, Draw, relative, timed
+from fastattn.tools.bench.case import Case, Draw, largest_error, size, timed
 from fastattn.tools.bench.workload import FeedForwardWorkload
 
 
-def cases(name: str, row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case]:
+def cases(name: str, row: Sequence[Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
     """Yields forward, and forward + backward, of one row."""
-    draw = Draw(dtype)
+    draw = Draw(dtype, device)
     tokens, model_dim, ff_dim, activation = row
     gated = activation == "swiglu"
     forward = FeedForwardWorkload(
@@ -32,31 +32,24 @@ def cases(name: str, row: Sequence[Any], dtype: torch.dtype) -> Iterator[Case]:
         dout=draw(tokens, model_dim),
     )
     flops = 2.0 * tokens * model_dim * ff_dim * (3 if gated else 2)
-    for direction, factor in (("forward", 1.0), ("forward + backward", 3.0)):
+    moved = size(forward.tensors) + size([forward.dout])
+    for direction, factor, gradients in (("forward", 1.0, 0.0), ("forward + backward", 3.0, size(forward.tensors))):
         work = replace(forward, backward=direction != "forward")
-        call = timed(partial(_ours, work), work.tensors, work.dout, backward=work.backward)
-        yield Case(name, direction, work, call, factor * flops, "GFLOP/s", partial(_error, work))
+        ours, exact = (partial(_apply, function, work.activation) for function in (feed_forward, eager.feed_forward))
+        yield Case(
+            family="feed_forward",
+            name=name,
+            direction=direction,
+            shape=row,
+            ours=timed(ours, work.tensors, work.dout, backward=work.backward),
+            workload=work,
+            error=partial(largest_error, ours, exact, work.tensors, work.dout, work.backward),
+            flops=factor * flops,
+            moved=moved + gradients,
+        )
 
 
-def _ours(work: FeedForwardWorkload, *tensors: Tensor) -> Tensor:
-    x, weight_in, bias_in, weight_out, bias_out, *gate = tensors
-    return feed_forward(
-        x,
-        weight_in,
-        bias_in,
-        weight_out,
-        bias_out,
-        activation=work.activation,
-        weight_gate=gate[0] if gate else None,
-    )
-
-
-def _error(work: FeedForwardWorkload) -> float:
-    leaves = [t.detach().requires_grad_(work.backward) for t in work.tensors]
-    wide = [t.detach().double().requires_grad_(work.backward) for t in work.tensors]
-    gate = {"weight_gate": wide[5]} if len(wide) > 5 else {}
-    out, wanted = _ours(work, *leaves), eager.feed_forward(*wide[:5], activation=work.activation, **gate)
-    if not work.backward:
-        return relative(out, wanted)
-    grads = torch.autograd.grad(out, leaves, work.dout), torch.autograd.grad(wanted, wide, work.dout.double())
-    return max(relative(g, w) for g, w in zip(*grads, strict=True))
+def _apply(function: Callable[..., Tensor], activation: str, *tensors: Tensor) -> Tensor:
+    """Calls a feed-forward with a workload's tensors, the gate last."""
+    ungated, gate = tensors[:5], tensors[5:]
+    return function(*ungated, activation=activation, weight_gate=gate[0] if gate else None)

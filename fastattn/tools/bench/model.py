@@ -1,4 +1,8 @@
-"""The benchmark's whole encoder-decoder: generation and a training step, beside the same model on ``torch.nn``."""
+"""The benchmark's whole encoder-decoder: generation and a training step, beside the same model on ``torch.nn``.
+
+The training step is timed as a user gets it: ``fastattn.swap`` on the stock model, whose loss stays PyTorch's; and with
+fastattn's own loss, which holds no tokens x vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from torch.nn import functional as F
 from fastattn.models import Seq2Seq, Seq2SeqConfig
 from fastattn.tools.bench.case import SEED, Case, relative
 from fastattn.tools.bench.workload import ModelWorkload
+from fastattn.tools.swap import swap
 
 # The base model of Vaswani et al. 2017, table 3, with a vocabulary a side.
 BASE = Seq2SeqConfig(source_vocab_size=32000, target_vocab_size=32000)
@@ -24,13 +29,13 @@ _CHECKED_SEQUENCES = 2
 _TOLERANCE = 3.0
 
 
-def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Case]:
-    """Yields the case of one row: its ``task`` is "generate" or "train_step"."""
+def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Yields the cases of one row: its ``task`` is "generate" or "train_step"."""
     make = _generate if row["task"] == "generate" else _train_step
-    yield make(name, row, dtype)
+    yield from make(name, row, dtype, device)
 
 
-def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
+def _models(dtype: torch.dtype, device: str, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
     """Returns a random model, and the same weights on ``torch.nn.Transformer``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -38,7 +43,7 @@ def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
     with torch.no_grad():
         # Their logits are 0 and never the largest: nothing ends before its time.
         ours.target_embedding.weight[[BASE.pad_id, BASE.bos_id, BASE.eos_id, BASE.unk_id]] = 0.0
-    ours.to(dtype)
+    ours.to(device, dtype)
     stock = copy.deepcopy(ours)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "enable_nested_tensor")
@@ -53,6 +58,7 @@ def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
             layer_norm_eps=BASE.layer_norm_eps,
             batch_first=True,
             norm_first=BASE.norm_first,
+            device=device,
             dtype=dtype,
         )
     transformer.load_state_dict(ours.transformer.state_dict())
@@ -60,10 +66,10 @@ def _models(dtype: torch.dtype, activation: str) -> tuple[Seq2Seq, Seq2Seq]:
     return ours, stock
 
 
-def _tokens(vocab_size: int, batch: int, length: int) -> Tensor:
+def _tokens(vocab_size: int, batch: int, length: int, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     first = 1 + max(BASE.pad_id, BASE.bos_id, BASE.eos_id, BASE.unk_id)
-    return torch.randint(first, vocab_size, (batch, length), generator=generator)
+    return torch.randint(first, vocab_size, (batch, length), generator=generator).to(device)
 
 
 def stock_call(work: ModelWorkload) -> Callable[[], Any]:
@@ -87,10 +93,10 @@ def stock_call(work: ModelWorkload) -> Callable[[], Any]:
     return generate
 
 
-def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
-    ours, stock = _models(dtype, BASE.activation)
+def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    ours, stock = _models(dtype, device, BASE.activation)
     batch, new_tokens = row["batch"], row["new_tokens"]
-    source = _tokens(BASE.source_vocab_size, batch, row["source"])
+    source = _tokens(BASE.source_vocab_size, batch, row["source"], device)
 
     def generate() -> list[list[int]]:
         return ours.generate(source, max_new_tokens=new_tokens)
@@ -98,7 +104,7 @@ def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
     @torch.no_grad()
     def error() -> float:
         """By how much float64 likes the chosen tokens less than the best ones: close calls may go either way."""
-        found = torch.tensor(generate())
+        found = torch.tensor(generate(), device=device)
         if found.shape != (batch, new_tokens):
             return float("inf")
         bos = source.new_full((batch, 1), BASE.bos_id)
@@ -106,36 +112,61 @@ def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
         return relative(logits.gather(-1, found[..., None])[..., 0], logits.amax(-1))
 
     encoder, decoder = _parameters(ours)
-    flops = 2.0 * batch * (row["source"] * encoder + new_tokens * decoder)
-    work = ModelWorkload(stock, source, new_tokens=new_tokens)
-    return Case(name, "greedy", work, generate, flops, "GFLOP/s", error, _TOLERANCE)
+    yield Case(
+        family="model",
+        name=name,
+        direction="greedy",
+        shape=row,
+        ours=generate,
+        workload=ModelWorkload(stock, source, new_tokens=new_tokens),
+        comparable=False,
+        error=error,
+        tolerance=_TOLERANCE,
+        flops=2.0 * batch * (row["source"] * encoder + new_tokens * decoder),
+    )
 
 
-def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype) -> Case:
-    ours, stock = _models(dtype, BASE.activation)
+def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
+    ours, stock = _models(dtype, device, BASE.activation)
     batch = row["batch"]
-    source = _tokens(BASE.source_vocab_size, batch, row["source"])
-    target = _tokens(BASE.target_vocab_size, batch, row["target"] + 1)
+    source = _tokens(BASE.source_vocab_size, batch, row["source"], device)
+    target = _tokens(BASE.target_vocab_size, batch, row["target"] + 1, device)
     target[:, 0] = BASE.bos_id
-
-    def error() -> float:
-        few = source[:_CHECKED_SEQUENCES], target[:_CHECKED_SEQUENCES]
-        # Without ReLU: which side of its kink a unit falls on changes gradients by 1e-3, and either may be right.
-        smooth, exact = _models(dtype, "gelu")
-        exact.double()
-        # Evaluation mode: without dropout.
-        found, wanted = _loss(smooth.eval(), *few), _stock_loss(exact.eval(), *few)
-        parameters = dict(exact.named_parameters())
-        grads = torch.autograd.grad(found, list(smooth.parameters()))
-        exact_grads = torch.autograd.grad(wanted, [parameters[name] for name, _ in smooth.named_parameters()])
-        whole = (torch.cat([g.flatten().double() for g in gs]) for gs in (grads, exact_grads))
-        return max(relative(found, wanted), relative(*whole))
-
+    swapped = _swapped(stock)
     encoder, decoder = _parameters(ours)
-    flops = 6.0 * batch * (row["source"] * encoder + row["target"] * decoder)
-    step = _step(ours, partial(_loss, ours, source, target))
-    work = ModelWorkload(stock, source, target)
-    return Case(name, "train step", work, step, flops, "GFLOP/s", error, _TOLERANCE)
+    for direction, model, loss in (("train step", swapped, _stock_loss), ("train step, fused loss", ours, _loss)):
+        yield Case(
+            family="model",
+            name=name,
+            direction=direction,
+            shape=row,
+            ours=_step(model, partial(loss, model, source, target)),
+            workload=ModelWorkload(stock, source, target),
+            comparable=False,  # each draws its own dropout
+            error=partial(_step_error, loss, source[:_CHECKED_SEQUENCES], target[:_CHECKED_SEQUENCES], dtype, device),
+            tolerance=_TOLERANCE,
+            flops=6.0 * batch * (row["source"] * encoder + row["target"] * decoder),
+        )
+
+
+def _swapped(stock: Seq2Seq) -> Seq2Seq:
+    model = copy.deepcopy(stock)
+    swap(model, verbose=False)
+    return model
+
+
+def _step_error(loss: Callable[..., Tensor], source: Tensor, target: Tensor, dtype: torch.dtype, device: str) -> float:
+    """Returns the error of the loss or of all gradients together, in evaluation mode: without dropout."""
+    # Without ReLU: which side of its kink a unit falls on changes gradients by 1e-3, and either may be right.
+    ours, exact = _models(dtype, device, "gelu")
+    model = ours if loss is _loss else _swapped(exact)
+    exact.double()
+    found, wanted = loss(model.eval(), source, target), _stock_loss(exact.eval(), source, target)
+    parameters = dict(exact.named_parameters())
+    grads = torch.autograd.grad(found, list(model.parameters()))
+    exact_grads = torch.autograd.grad(wanted, [parameters[name] for name, _ in model.named_parameters()])
+    whole = (torch.cat([g.flatten().double() for g in gs]) for gs in (grads, exact_grads))
+    return max(relative(found, wanted), relative(*whole))
 
 
 def _loss(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:

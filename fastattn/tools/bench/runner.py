@@ -6,166 +6,147 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from fastattn.errors import FallbackWarning, UnsupportedError
+from fastattn.ops._dispatch import check_name
 from fastattn.tools import info
-from fastattn.tools.bench import peers
-from fastattn.tools.bench.case import Case
-from fastattn.tools.bench.families import FAMILIES, cases
-from fastattn.tools.measure import Timing, time_in_turns
-from fastattn.tools.table import heading, seconds, table
+from fastattn.tools.bench import limits, page, peers, report
+from fastattn.tools.bench.families import FAMILIES, cases, rows
+from fastattn.tools.bench.measuring import AUTOMATIC, Line, Settings, measure
+from fastattn.tools.table import heading
 
-# Of the largest element.  A wrong kernel is off by far more; how exact a right one is, `fastattn verify` says.
-_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+RESULTS = "results.jsonl"
 # In operations: what a quick run still takes a second for.
 _QUICK_WORK = 2e10
-
-
-class Result(NamedTuple):
-    """A row of the table; ``timings`` is empty where the answer was wrong or nobody serves the call."""
-
-    case: Case
-    dtype: torch.dtype
-    error: float
-    timings: dict[str, Timing]
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.note in ("", "refused")
-
-    @property
-    def best_peer(self) -> str:
-        return min((name for name in self.timings if name != "fastattn"), key=lambda name: self.timings[name].median)
-
-    @property
-    def ratio(self) -> float:
-        """The best peer's time over ours."""
-        return self.timings[self.best_peer].median / self.timings["fastattn"].median
-
-    @property
-    def rate(self) -> float:
-        """What ``case.unit`` says."""
-        return self.case.work / self.timings["fastattn"].median / 1e3
+_QUICK_BUDGET, _BUDGET = 0.3, 1.5  # seconds for each of those that are timed
+_VERSIONS = ("onnxruntime", "openvino", "ctranslate2", "numpy")
 
 
 def run(
-    families: Sequence[str], names: Sequence[str] | None, dtypes: Sequence[torch.dtype], quick: bool, out: Path | None
+    families: Sequence[str] = (),
+    *,
+    names: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    device: str = "cpu",
+    backends: Sequence[str] | None = None,
+    peer_names: Sequence[str] | None = None,
+    quick: bool = False,
+    out: Path | None = None,
 ) -> int:
-    """Prints a table a family, each row when it is done; returns 0, or 1 if an answer was wrong.
+    """Prints the tables of each family; returns 0, or 1 if an answer was wrong.
 
     Args:
-        families: tables of the grid; all if empty.
+        families: tables of the grid; all if empty or ["all"].
         names: rows; all if None.
         dtypes: of the inputs.
+        device: "cpu" or a CUDA device.
+        backends: ours to time side by side, "auto" being each call's own choice, which is the default.
+        peer_names: who else is timed; everybody who can run here if None.
         quick: leaves out what takes long and times the rest more briefly.
-        out: appends the environment and each row as a JSON line to this file.
+        out: folder that gets results.jsonl, to which the lines are appended, and report.html with its plots.
 
     Raises:
-        ValueError: a family or row is unknown.
+        ValueError: a family, row, backend or peer is unknown, or there is no such device.
     """
-    families = list(families) or list(FAMILIES)
-    for family in families:
-        next(cases(family, torch.float32, ()), None)  # an unknown name is refused before anything is timed
-    environment = info.environment()
-    print(", ".join(f"{name} {value}" for name, value in environment.items() if name not in ("system", "python")))
-    lines = [{"environment": environment, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]
-    results = []
-    for family in families:
-        print("\n" + heading(family))
-        found = []
-        for dtype in dtypes:
-            for case in cases(family, dtype, names):
-                if quick and case.work > _QUICK_WORK:
-                    continue
-                result = measure(case, dtype, 0.3 if quick else 1.5)
-                found.append(result)
-                lines.append(as_json(result))
-                _progress(f"  {case.name}, {case.direction}, {_short(dtype)}: {result.note or 'done'}")
-        if found:
-            _progress("")
-            print(table(HEADERS, [row(r) for r in found], left=(0, 1, 2)), flush=True)
-        results += found
-    if names is not None and not results:
-        raise ValueError(f"no row of {', '.join(families)} has a name in {list(names)}")
+    families = list(FAMILIES) if not families or "all" in families else list(dict.fromkeys(families))
+    planned = sum(len(rows(family, names, device)) for family in families) * len(dtypes)
+    if not planned:
+        raise ValueError(f"no row of {', '.join(families)} has a name in {list(names or ())}")
+    backends = [b if b == AUTOMATIC else check_name(b) for b in dict.fromkeys(backends or [AUTOMATIC])]
+    _check_device(device)
+    wanted = peers.chosen(peer_names)
     if out is not None:
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        print(f"\n{len(lines) - 1} rows appended to {out}")
-    return 0 if all(r.ok for r in results) else 1
+        out.mkdir(parents=True, exist_ok=True)
+
+    start = _first_line(wanted, device)
+    print(_environment(start), flush=True)
+    found_limits = limits.Limits(**start["limits"]) if start.get("limits") else None
+    ready = [peer for peer in wanted if peer.name not in start["not_here"]]
+    settings = Settings(backends, ready, device, _QUICK_BUDGET if quick else _BUDGET, found_limits)
+    lines = [start]
+    if out is not None:
+        _append(out / RESULTS, [start])
+    # On a terminal alone: a log gets the tables.
+    with tqdm(total=planned, unit="row", leave=False, disable=not sys.stderr.isatty()) as progress:
+        for family in families:
+            found: list[Line] = []
+            for dtype in dtypes:
+                for name, _ in rows(family, names, device):
+                    progress.set_description(f"{family} {name}")
+                    for case in cases(family, dtype, [name], device):
+                        if quick and case.flops > _QUICK_WORK:
+                            continue
+                        found += measure(case, dtype, settings)
+                    progress.update()
+            if found:
+                progress.write(f"\n{report.text(found)}")
+                sys.stdout.flush()
+            if out is not None:
+                _append(out / RESULTS, found)
+            lines += found
+    for peer, reasons in _left_out(lines).items():
+        print(f"\n{peer} left out of {len(reasons)} rows, e.g. {reasons[0]}")
+    if out is not None:
+        print("\n" + "\n".join(map(str, [out / RESULTS, *page.write(page.read(out / RESULTS), out)])))
+        if page.missing():
+            print(page.missing())
+    return 1 if any(line.get("note") == "WRONG" for line in lines) else 0
 
 
-def _progress(text: str) -> None:
-    """Writes over the present line of a terminal; a file gets the tables alone."""
-    if sys.stdout.isatty():
-        print(f"\r{text:<78}\r", end="", flush=True)
+def _check_device(device: str) -> None:
+    kind = torch.device(device).type if device.split(":")[0] in ("cpu", "cuda") else ""
+    if not kind:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here (torch.cuda.is_available() is False): use --device cpu")
 
 
-def measure(case: Case, dtype: torch.dtype, budget: float) -> Result:
-    """Checks a case and, if its answer is right, times it; ``budget`` is in seconds for each of those that are
-    timed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
+def _first_line(wanted: Sequence[peers.Peer], device: str) -> Line:
+    """Returns what the figures of a run depend on, and what the machine was measured to do at best."""
+    environment = info.environment()
+    for name in _VERSIONS:
         try:
-            error = case.error()
-        except UnsupportedError:
-            return Result(case, dtype, float("nan"), {}, "refused")
-        if not error <= _TOLERANCE[dtype] * case.tolerance:
-            return Result(case, dtype, error, {}, "WRONG")
-        calls = {"fastattn": case.ours, **peers.calls(case.workload)}
-        timings = time_in_turns(list(calls.values()), budget=budget * len(calls))
-    return Result(case, dtype, error, dict(zip(calls, timings, strict=True)))
-
-
-HEADERS = ("row", "direction", "dtype", "fastattn", "p20 - p80", "rate", "best peer", "its time", "ratio", "error")
-
-
-def row(result: Result) -> list[str]:
-    case = result.case
-    start = [case.name, case.direction, _short(result.dtype)]
-    if not result.timings:
-        return [*start, result.note, *([""] * 5), f"{result.error:.0e}"]
-    ours, peer = result.timings["fastattn"], result.timings[result.best_peer]
-    return [
-        *start,
-        seconds(ours.median),
-        f"{seconds(ours.p20)} - {seconds(ours.p80)}",
-        f"{result.rate:.1f} {case.unit}",
-        result.best_peer,
-        seconds(peer.median),
-        f"{result.ratio:.2f} x",
-        f"{result.error:.0e}",
-    ]
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """Returns a row of a results file; times are in microseconds."""
-    case = result.case
-    line: dict[str, Any] = {
-        "family": case.family,
-        "row": case.name,
-        "direction": case.direction,
-        "dtype": _short(result.dtype),
-        "error": result.error,
-    }
-    if not result.timings:
-        return {**line, "note": result.note}
-    times = {name: t._asdict() for name, t in result.timings.items()}
+            environment[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if device != "cpu":
+        environment["device"] = torch.cuda.get_device_name(device)
+    missing = {peer.name: why for peer in wanted if (why := peer.unavailable()) is not None}
+    measured = limits.measure() if device == "cpu" else None
     return {
-        **line,
-        "times_us": times,
-        "best_peer": result.best_peer,
-        "ratio": result.ratio,
-        "rate": result.rate,
-        "unit": case.unit,
+        "environment": environment,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "limits": None if measured is None else measured._asdict(),
+        "peers": [peer.name for peer in wanted if peer.name not in missing],
+        "not_here": missing,
     }
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _environment(line: Line) -> str:
+    pairs = [*line["environment"].items()]
+    if line["limits"]:
+        found = limits.Limits(**line["limits"])
+        pairs += [(f"limit: {name}", value) for name, value in found.described().items()]
+    pairs.append(("peers", ", ".join(line["peers"]) or "none"))
+    pairs += [(f"not here: {name}", why) for name, why in line["not_here"].items()]
+    width = max(len(name) for name, _ in pairs)
+    return f"{heading('environment')}\n" + "\n".join(f"  {name.ljust(width)}  {value}" for name, value in pairs)
+
+
+def _left_out(lines: Sequence[Line]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for peer, reason in line.get("left_out", {}).items():
+            found.setdefault(peer, []).append(f"{line['family']} {line['row']}, {line['dtype']}: {reason}")
+    return found
+
+
+def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)

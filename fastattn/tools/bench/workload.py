@@ -191,14 +191,14 @@ class ModuleWorkload:
     """Self-attention by an ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)``, weights wanted.
 
     The call returns output and mean weights; as a training step, the gradients of all parameters for ``dout`` = input,
-    in the order of ``nn.MultiheadAttention.parameters()``.
+    in the order of ``nn.MultiheadAttention.parameters()``. There is no dropout.
 
     Attributes:
         state: the module's state_dict.
         num_heads: of the module.
         input: [batch, seq_len, embed_dim], query, key and value in one.
-        backward: a training step (train mode), or evaluation (eval mode) without gradients.
-        training: train mode without gradients where ``backward`` is False.
+        backward: a whole training step, or the forward alone.
+        training: train mode, the graph for a backward recorded; else eval mode without gradients.
         need_weights: what the module is called with.
     """
 
