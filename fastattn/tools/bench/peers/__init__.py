@@ -1,19 +1,38 @@
-"""Who else runs the benchmark's workloads."""
+"""Who else runs the benchmark's workloads: every peer is judged by float64 before it is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from fastattn.tools.bench.peers.peer import Peer
+from fastattn.tools.bench.peers import compiled
+from fastattn.tools.bench.peers.check import Check
+from fastattn.tools.bench.peers.compiled import COMPILED_PEERS
+from fastattn.tools.bench.peers.ctranslate2_model import CTRANSLATE2_PEERS
+from fastattn.tools.bench.peers.onnx_runtime import ONNX_PEERS
+from fastattn.tools.bench.peers.openvino_sdpa import OPENVINO_PEERS
+from fastattn.tools.bench.peers.peer import Call, Peer
 from fastattn.tools.bench.peers.torch_peers import TORCH_PEERS
 from fastattn.tools.bench.workload import Workload
 
-PEERS: tuple[Peer, ...] = TORCH_PEERS
+PEERS: tuple[Peer, ...] = (*TORCH_PEERS, *COMPILED_PEERS, *ONNX_PEERS, *OPENVINO_PEERS, *CTRANSLATE2_PEERS)
 
 
-def chosen(names: Sequence[str] | None = None) -> list[Peer]:
-    """Returns the peers of these names; all if None.
+class Ready(NamedTuple):
+    """Who runs a workload.
+
+    Attributes:
+        calls: by name, of every peer that can run here, offers the workload and answered it rightly.
+        failed: by name, what went wrong with the others that offer it.
+    """
+
+    calls: dict[str, Call]
+    failed: dict[str, str]
+
+
+def chosen(names: Sequence[str] | None = None, *, quick: bool = False) -> list[Peer]:
+    """Returns the peers of these names; if None all, or with ``quick`` those that are soon ready.
 
     Raises:
         ValueError: there is no peer of a name.
@@ -22,15 +41,48 @@ def chosen(names: Sequence[str] | None = None) -> list[Peer]:
     for name in names or ():
         if name not in known:
             raise ValueError(f"peer must be one of {', '.join(map(repr, known))}, got {name!r}")
-    return list(PEERS) if names is None else [known[name] for name in dict.fromkeys(names)]
+    if names is None:
+        return [peer for peer in PEERS if not (quick and peer.slow_to_build)]
+    return [known[name] for name in dict.fromkeys(names)]
 
 
-def calls(workload: Workload, peers: Sequence[Peer] | None = None) -> dict[str, Callable[[], Any]]:
-    """Returns, by name, a call of every peer that can run here and offers this workload."""
-    found = {}
+def absent(peers: Sequence[Peer]) -> dict[str, str]:
+    """Returns, by name, why a peer cannot run here."""
+    reasons = {peer.name: peer.unavailable() for peer in peers}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def ready(workload: Workload, peers: Sequence[Peer] | None = None) -> Ready:
+    """Makes every peer's call of a workload ready to be timed: built, compiled, and its answer compared with float64.
+
+    Only one workload's calls are ready at a time: those of the last one may have to compile again.
+    """
+    found = Ready({}, {})
+    check = Check(workload)
+    compiled.forget()
     for peer in PEERS if peers is None else peers:
-        if peer.unavailable() is None:
-            call = peer.call(workload)
-            if call is not None:
-                found[peer.name] = call
+        if peer.unavailable() is not None:
+            continue
+        try:
+            with warnings.catch_warnings():
+                # What a peer has to say about itself is no reason to stop.
+                warnings.simplefilter("ignore")
+                call = peer.call(workload)
+                if call is None:
+                    continue
+                judged = call if check.workload is workload else peer.call(check.workload)
+                assert judged is not None
+                wrong = check.wrong(judged())
+        except Exception as error:  # a peer's failure is a line of the report, whatever it raises
+            found.failed[peer.name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        if wrong is None:
+            found.calls[peer.name] = call
+        else:
+            found.failed[peer.name] = wrong
     return found
+
+
+def calls(workload: Workload, peers: Sequence[Peer] | None = None) -> dict[str, Call]:
+    """Returns the calls that are ready; by default of the peers that a quick run has."""
+    return ready(workload, chosen(quick=True) if peers is None else peers).calls

@@ -27,6 +27,8 @@ class Peer:
     """
 
     name: str
+    #: Whether getting a call ready takes seconds; a quick run does without.
+    slow_to_build = False
 
     def unavailable(self) -> str | None:
         """Returns why this peer cannot run here; None if it can."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,38 @@ class TorchSdpa(Peer):
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=work.grouped), work.tensors)
+
+
+class TorchSdpaMath(TorchSdpa):
+    """``F.scaled_dot_product_attention`` with its fused kernel switched off: the composition of ops that PyTorch itself
+    falls back to."""
+
+    name = "torch SDPA (math)"
+
+    def attention(self, work: AttentionWorkload) -> Call | None:
+        batch, heads, seq_q, _ = work.query.shape
+        if batch * heads * seq_q * work.key.shape[2] > _EAGER_ELEMENTS:
+            return None
+        return _without_flash(super().attention(work))
+
+    def decode(self, work: DecodeWorkload) -> Call | None:
+        return _without_flash(super().decode(work))
+
+
+def _without_flash(call: Call | None) -> Call | None:
+    if call is None:
+        return None
+
+    # The switch itself: `sdpa_kernel` would cost a decode step more than the switching does.
+    def run() -> Any:
+        before = torch.backends.cuda.flash_sdp_enabled()
+        torch.backends.cuda.enable_flash_sdp(False)
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.enable_flash_sdp(before)
+
+    return run
 
 
 class TorchEager(Peer):
@@ -98,7 +131,7 @@ class TorchEager(Peer):
 
 
 class TorchNn(Peer):
-    """``torch.nn``'s modules."""
+    """``torch.nn``'s modules, with the native fast path where they take it."""
 
     name = "torch.nn"
 
@@ -109,4 +142,31 @@ class TorchNn(Peer):
         return model.stock_call(work)
 
 
-TORCH_PEERS: tuple[Peer, ...] = (TorchSdpa(), TorchEager(), TorchNn())
+class TorchNnSlowPath(TorchNn):
+    """``torch.nn``'s modules with the native fast path, which only evaluation takes, switched off."""
+
+    name = "torch.nn (fast path off)"
+
+    def module(self, work: ModuleWorkload) -> Call | None:
+        return None if work.backward or work.training else _without_fastpath(super().module(work))
+
+    def model(self, work: ModelWorkload) -> Call | None:
+        return None if work.target is not None else _without_fastpath(super().model(work))
+
+
+def _without_fastpath(call: Call | None) -> Call | None:
+    if call is None:
+        return None
+
+    def run() -> Any:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return call()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    return run
+
+
+TORCH_PEERS: tuple[Peer, ...] = (TorchSdpa(), TorchSdpaMath(), TorchEager(), TorchNn(), TorchNnSlowPath())

@@ -1,0 +1,239 @@
+"""Whether a peer computes what the workload says: its answer beside float64's, before it is timed.
+
+Loosely: how exact a peer is, is its own affair; one that computes something else is none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastattn.tools import eager
+from fastattn.tools.bench import model, module
+from fastattn.tools.bench.case import relative
+from fastattn.tools.bench.workload import (
+    AttentionWorkload,
+    DecodeWorkload,
+    FeedForwardWorkload,
+    ModelWorkload,
+    ModuleWorkload,
+    SoftmaxWorkload,
+    Workload,
+)
+
+#: Of the largest element: ten times what fastattn's own answers are allowed, and less than a smaller dtype's rounding.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# Gradients of a whole model gather the roundings of all its layers.
+_MODEL_FACTOR = 3.0
+# Queries of every head that an output is compared at, and queries that gradients are summed over at a time.
+_QUERIES, _BLOCK = 48, 512
+_ROWS = 64
+_SEQUENCES = 2
+
+
+class Check:
+    """Judges answers to one workload; the reference is computed once, for the first peer.
+
+    Attributes:
+        workload: what a peer is asked for the answer that is judged.  It is the given one, but for a training step:
+            that is smaller and without dropout.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload: Workload = workload
+        if isinstance(workload, ModelWorkload) and workload.target is not None:
+            self.workload = _without_dropout(workload)
+        self._judge: Callable[[Any], float] | None = None
+
+    def error(self, answer: Any) -> float:
+        """Returns the largest error over the largest element, of the output or of any gradient; infinite for NaN.
+
+        With dropout, whose draws differ, it is 0 if the answer is as far from the one without as dropout would be.
+
+        Raises:
+            ValueError: the answer has another number of tensors, or another shape.
+        """
+        if self._judge is None:
+            self._judge = _JUDGES[self.workload.family](self.workload)
+        return self._judge(answer)
+
+    def wrong(self, answer: Any) -> str | None:
+        """Returns what is wrong with an answer; None if nothing is."""
+        factor = _MODEL_FACTOR if self.workload.family == "model" else 1.0
+        limit = TOLERANCE[self.workload.dtype] * factor
+        error = self.error(answer)
+        return None if error <= limit else f"wrong answer: off by {error:.0e} of the largest element"
+
+
+def _compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    _require([tuple(t.shape) for t in found], [tuple(t.shape) for t in wanted])
+    return max(relative(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def _require(got: Any, expected: Any) -> None:
+    if got != expected:
+        raise ValueError(f"answer of shape {got}, expected {expected}")
+
+
+def _tensors(answer: Any) -> list[Tensor]:
+    return [answer] if isinstance(answer, Tensor) else list(answer)
+
+
+def _attention(work: AttentionWorkload) -> Callable[[Any], float]:
+    return _attention_gradients(work) if work.backward else _attention_output(work)
+
+
+def _attention_output(work: AttentionWorkload) -> Callable[[Any], float]:
+    seq_q = work.query.shape[2]
+    rows = torch.linspace(0, seq_q - 1, min(seq_q, _QUERIES)).long()
+    wide = [t.double() for t in work.tensors]
+    wanted = _block(work, [wide[0][:, :, rows], *wide[1:3], *(t[:, :, rows] for t in wide[3:])], rows)
+
+    def judge(answer: Tensor) -> float:
+        _require(tuple(answer.shape), tuple(work.query.shape))
+        return _distance(work, [answer[:, :, rows]], [wanted])
+
+    return judge
+
+
+def _attention_gradients(work: AttentionWorkload) -> Callable[[Any], float]:
+    """All gradients of the last sequence's last head of keys; a bias, which sequences share, gathers all of them."""
+    group = work.query.shape[1] // work.key.shape[1]
+    batch = slice(None) if work.bias is not None else slice(-1, None)
+    parts = [(batch, slice(-group, None)), (batch, slice(-1, None)), (batch, slice(-1, None))]
+    parts += [(slice(None), slice(-group, None))] * (len(work.tensors) - 3)
+    leaves = [t[part].double().requires_grad_() for t, part in zip(work.tensors, parts, strict=True)]
+    part = replace(
+        work,
+        query=work.query[parts[0]],
+        key=work.key[parts[1]],
+        value=work.value[parts[2]],
+        key_lengths=None if work.key_lengths is None else work.key_lengths[batch],
+    )
+    wanted = [torch.zeros_like(t) for t in leaves]
+    for rows in torch.arange(work.query.shape[2]).split(_BLOCK):
+        query, key, value, *bias = leaves
+        out = _block(part, [query[:, :, rows], key, value, *(t[:, :, rows] for t in bias)], rows)
+        grads = torch.autograd.grad(out, leaves, work.dout[parts[0]][:, :, rows].double())
+        for sum_, grad in zip(wanted, grads, strict=True):
+            sum_ += grad
+
+    def judge(answer: Any) -> float:
+        found = _tensors(answer)
+        _require([tuple(t.shape) for t in found], [tuple(t.shape) for t in work.tensors])
+        return _distance(work, [t[p] for t, p in zip(found, parts, strict=True)], wanted)
+
+    return judge
+
+
+def _block(work: AttentionWorkload, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Returns float64's output for some queries; ``tensors`` hold these alone."""
+    query, key, value, *bias = tensors
+    visible = work.visible()
+    if visible is not None and visible.shape[2] > 1:
+        visible = visible[:, :, rows]
+    return eager.attention(query, key, value, visible=visible, bias=bias[0] if bias else None)[0]
+
+
+def _distance(work: AttentionWorkload, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    if not work.dropout_p:
+        return _compared(found, wanted)
+    # A weight becomes 0 or 1 / (1 - p) of itself, which has this standard deviation; so has a sum over many.
+    expected = (work.dropout_p / (1.0 - work.dropout_p)) ** 0.5
+    noise = [((f - w).square().mean() / w.square().mean()).sqrt().item() for f, w in zip(found, wanted, strict=True)]
+    return 0.0 if all(0.5 * expected < n < 2.0 * expected for n in noise) else float("inf")
+
+
+def _decode(work: DecodeWorkload) -> Callable[[Any], float]:
+    return _attention_output(AttentionWorkload(work.query, work.key, work.value, work.query))
+
+
+def _softmax(work: SoftmaxWorkload) -> Callable[[Any], float]:
+    # Rows know nothing of each other, but all of them have a part in a weight's gradient.
+    rows = slice(None) if work.backward and work.weight is not None else slice(0, _ROWS)
+    columns = (work.input.shape[-1],)
+    ops: dict[str, Callable[..., Tensor]] = {
+        "softmax": lambda x: x.softmax(-1),
+        "log_softmax": lambda x: x.log_softmax(-1),
+        "layer_norm": lambda x, weight, bias: F.layer_norm(x, columns, weight, bias),
+        "rms_norm": lambda x, weight: F.rms_norm(x, columns, weight, 1e-5),
+    }
+    wide = [work.input[rows].double(), *(t.double() for t in work.tensors[1:])]
+    wanted = _answers(ops[work.op], wide, work.dout[rows], work.backward)
+
+    def judge(answer: Any) -> float:
+        found = _tensors(answer)
+        _require(tuple(found[0].shape), tuple(work.input.shape))
+        return _compared([found[0][rows], *found[1:]], wanted)
+
+    return judge
+
+
+def _feed_forward(work: FeedForwardWorkload) -> Callable[[Any], float]:
+    def formula(*tensors: Tensor) -> Tensor:
+        gate = tensors[5] if len(tensors) > 5 else None
+        return eager.feed_forward(*tensors[:5], activation=work.activation, weight_gate=gate)
+
+    wanted = _answers(formula, [t.double() for t in work.tensors], work.dout, work.backward)
+    return lambda answer: _compared(_tensors(answer), wanted)
+
+
+def _answers(function: Callable[..., Tensor], wide: list[Tensor], dout: Tensor, backward: bool) -> list[Tensor]:
+    if not backward:
+        return [function(*wide)]
+    leaves = [t.requires_grad_() for t in wide]
+    return list(torch.autograd.grad(function(*leaves), leaves, dout.double()))
+
+
+def _module(work: ModuleWorkload) -> Callable[[Any], float]:
+    wide = replace(work, input=work.input.double(), training=True)
+    # In training mode there is no fast path, and no dropout in this module.
+    wanted = [t for t in module.call(module.stock(work, torch.float64), wide)() if t is not None]
+    return lambda answer: _compared([t for t in _tensors(answer) if t is not None], wanted)
+
+
+def _model(work: ModelWorkload) -> Callable[[Any], float]:
+    wide = replace(work, stock=copy.deepcopy(work.stock).double())
+    if work.target is not None:
+        wanted = torch.cat([grad.flatten() for grad in model.stock_call(wide)()])
+        return lambda answer: _compared([torch.cat([grad.flatten() for grad in answer])], [wanted])
+    bos = work.source.new_full((work.source.shape[0], 1), work.stock.config.bos_id)
+
+    @torch.no_grad()
+    def judge(answer: Any) -> float:
+        """By how much float64 likes the chosen tokens less than the best ones: close calls may go either way."""
+        found = torch.as_tensor(answer)
+        if found.shape[1] == work.new_tokens + 1:
+            found = found[:, 1:]  # with <bos>
+        _require(tuple(found.shape), (work.source.shape[0], work.new_tokens))
+        logits = wide.stock.eval()(work.source, torch.cat((bos, found[:, :-1]), dim=1))
+        return relative(logits.gather(-1, found[..., None])[..., 0], logits.amax(-1))
+
+    return judge
+
+
+def _without_dropout(work: ModelWorkload) -> ModelWorkload:
+    stock = copy.deepcopy(work.stock)
+    for part in stock.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
+    assert work.target is not None
+    return replace(work, stock=stock, source=work.source[:_SEQUENCES], target=work.target[:_SEQUENCES])
+
+
+_JUDGES: dict[str, Callable[[Any], Callable[[Any], float]]] = {
+    "attention": _attention,
+    "decode": _decode,
+    "softmax": _softmax,
+    "feed_forward": _feed_forward,
+    "module": _module,
+    "model": _model,
+}
