@@ -198,7 +198,7 @@ class _Peer(peers.Peer):
     ("call", "reason"),
     [
         (lambda work: lambda: work.query * 0, "off by"),
-        (lambda work: lambda: work.query[0], "off by inf"),
+        (lambda work: lambda: work.query[0], "of shape"),
         (lambda work: 1 / 0, "ZeroDivisionError"),
     ],
 )

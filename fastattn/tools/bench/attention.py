@@ -41,7 +41,6 @@ def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) ->
             shape=row,
             ours=timed(partial(run, arguments), work.tensors, work.dout, backward=work.backward),
             workload=work,
-            comparable=not work.dropout_p,
             error=partial(error, arguments, work.tensors, work.dout, work.backward),
             flops=factor * flops,
             moved=size(work.tensors) + outputs + more,

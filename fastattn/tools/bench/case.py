@@ -28,7 +28,6 @@ class Case:
         peers: of them, the only ones that matter here; None for all.
         others: further calls by name, to be compared with like peers.
         before: what runs untimed before a call of that name ("fastattn" is ours).
-        comparable: whether a peer's answer must be ours: not where chance or a close call decides.
         error: returns the largest error of ours against float64, over the largest element.
         tolerance: how many times the error of a single op is allowed.
         flops: floating point operations of one run.
@@ -47,7 +46,6 @@ class Case:
     peers: tuple[str, ...] | None = None
     others: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     before: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    comparable: bool = True
     error: Callable[[], float]
     tolerance: float = 1.0
     flops: float = 0.0

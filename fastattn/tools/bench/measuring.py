@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastattn.errors import UnsupportedError
 from fastattn.ops._dispatch import observe, use_backend
 from fastattn.tools.bench import peers
-from fastattn.tools.bench.case import Case, relative
+from fastattn.tools.bench.case import Case
 from fastattn.tools.bench.limits import Limits
 from fastattn.tools.measure import Timing, peak_memory, time_in_turns
 
@@ -22,8 +21,6 @@ AUTOMATIC = "auto"
 
 # Of the largest element.  A wrong kernel is off by far more; how exact a right one is, `fastattn verify` says.
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-# A peer's answer is its own affair, but one that is this much further off computes something else, or in another dtype.
-_PEER_TOLERANCE = 4.0
 # A peer that takes so many times as long is timed in a few rounds only: the others get the time.
 _PATIENCE = 4.0
 _ROUNDS = 2000
@@ -71,11 +68,12 @@ def measure(case: Case, dtype: torch.dtype, settings: Settings) -> list[Line]:
                 calls[_label(backend)] = call
         if not calls:
             return lines
-        left_out: dict[str, str] = {}
-        answer = next(iter(calls.values()))() if case.comparable else None
-        limit = _TOLERANCE[dtype] * case.tolerance * _PEER_TOLERANCE
-        others = dict(_peer_calls(case, settings.peers, answer, limit, left_out))
-        del answer
+        others, left_out = dict(case.others), {}
+        if case.workload is not None:
+            asked = [peer for peer in settings.peers if case.peers is None or peer.name in case.peers]
+            found = peers.ready(case.workload, asked)
+            others |= found.calls
+            left_out = found.failed
         memory = {n: peak_memory(c, settings.device) for n, c in {**calls, **others}.items()}
         everybody = {**calls, **others}
         timings = time_in_turns(
@@ -137,50 +135,6 @@ def _checked(case: Case, dtype: torch.dtype, backend: str) -> tuple[Line, Callab
             return case.ours()
 
     return line, within
-
-
-def _peer_calls(
-    case: Case, chosen: Sequence[peers.Peer], answer: Any, limit: float, left_out: dict[str, str]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields what can be timed beside ours; ``left_out`` receives why others cannot."""
-    yield from case.others.items()
-    if case.workload is None:
-        return
-    for peer in chosen:
-        if case.peers is not None and peer.name not in case.peers:
-            continue
-        try:
-            call = peer.call(case.workload)
-            found = None if call is None else call()
-        except Exception as error:  # a peer's trouble is none of ours, and must not end the run
-            left_out[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        if call is None:
-            continue
-        distance = 0.0 if answer is None else _distance(found, answer)
-        if distance <= limit:
-            yield peer.name, call
-        else:
-            left_out[peer.name] = f"its answer is off by {distance:.0e} of the largest element"
-
-
-def _distance(found: Any, answer: Any) -> float:
-    """Returns by how much two answers differ, over the largest element of all; infinite where their shapes do."""
-    ours, theirs = (list(_tensors(value)) for value in (answer, found))
-    if [t.shape for t in ours] != [t.shape for t in theirs]:
-        return float("inf")
-    whole = (torch.cat([t.detach().flatten().double() for t in tensors]) for tensors in (theirs, ours))
-    return relative(*whole)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Iterable):
-        for item in value:
-            yield from _tensors(item)
-    elif value is not None:
-        raise TypeError(f"an answer is tensors, got {type(value).__name__}")
 
 
 def _figures(case: Case, dtype: torch.dtype, times: dict[str, Timing], limits: Limits | None) -> Line:

@@ -119,7 +119,6 @@ def _generate(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str
         shape=row,
         ours=generate,
         workload=ModelWorkload(stock, source, new_tokens=new_tokens),
-        comparable=False,
         error=error,
         tolerance=_TOLERANCE,
         flops=2.0 * batch * (row["source"] * encoder + new_tokens * decoder),
@@ -142,7 +141,6 @@ def _train_step(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: s
             shape=row,
             ours=_step(model, partial(loss, model, source, target)),
             workload=ModelWorkload(stock, source, target),
-            comparable=False,  # each draws its own dropout
             error=partial(_step_error, loss, source[:_CHECKED_SEQUENCES], target[:_CHECKED_SEQUENCES], dtype, device),
             tolerance=_TOLERANCE,
             flops=6.0 * batch * (row["source"] * encoder + row["target"] * decoder),

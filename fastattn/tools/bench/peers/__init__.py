@@ -81,8 +81,3 @@ def ready(workload: Workload, peers: Sequence[Peer] | None = None) -> Ready:
         else:
             found.failed[peer.name] = wrong
     return found
-
-
-def calls(workload: Workload, peers: Sequence[Peer] | None = None) -> dict[str, Call]:
-    """Returns the calls that are ready; by default of the peers that a quick run has."""
-    return ready(workload, chosen(quick=True) if peers is None else peers).calls

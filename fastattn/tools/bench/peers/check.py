@@ -33,12 +33,18 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 _MODEL_FACTOR = 3.0
 # Queries of every head that an output is compared at, and queries that gradients are summed over at a time.
 _QUERIES, _BLOCK = 48, 512
+# Of a head: what float64 takes a few seconds for.
+_PAIRS = 1 << 26
 _ROWS = 64
 _SEQUENCES = 2
 
 
+class _Shape(ValueError):
+    """An answer of another shape."""
+
+
 class Check:
-    """Judges answers to one workload; the reference is computed once, for the first peer.
+    """Judges answers to one workload; the reference is computed once, for the first of them.
 
     Attributes:
         workload: what a peer is asked for the answer that is judged.  It is the given one, but for a training step:
@@ -57,7 +63,7 @@ class Check:
         With dropout, whose draws differ, it is 0 if the answer is as far from the one without as dropout would be.
 
         Raises:
-            ValueError: the answer has another number of tensors, or another shape.
+            ValueError: the answer has another number of tensors, or tensors of another shape.
         """
         if self._judge is None:
             self._judge = _JUDGES[self.workload.family](self.workload)
@@ -67,7 +73,10 @@ class Check:
         """Returns what is wrong with an answer; None if nothing is."""
         factor = _MODEL_FACTOR if self.workload.family == "model" else 1.0
         limit = TOLERANCE[self.workload.dtype] * factor
-        error = self.error(answer)
+        try:
+            error = self.error(answer)
+        except _Shape as shape:
+            return f"wrong answer: {shape}"
         return None if error <= limit else f"wrong answer: off by {error:.0e} of the largest element"
 
 
@@ -78,7 +87,7 @@ def _compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def _require(got: Any, expected: Any) -> None:
     if got != expected:
-        raise ValueError(f"answer of shape {got}, expected {expected}")
+        raise _Shape(f"of shape {got}, expected {expected}")
 
 
 def _tensors(answer: Any) -> list[Tensor]:
@@ -90,10 +99,9 @@ def _attention(work: AttentionWorkload) -> Callable[[Any], float]:
 
 
 def _attention_output(work: AttentionWorkload) -> Callable[[Any], float]:
-    seq_q = work.query.shape[2]
-    rows = torch.linspace(0, seq_q - 1, min(seq_q, _QUERIES)).long()
-    wide = [t.double() for t in work.tensors]
-    wanted = _block(work, [wide[0][:, :, rows], *wide[1:3], *(t[:, :, rows] for t in wide[3:])], rows)
+    rows = _some_rows(work)
+    query, key, value, *bias = (t.double() for t in work.tensors)
+    wanted = _block(work, [query[:, :, rows], key, value, *(t[:, :, rows] for t in bias)], rows)
 
     def judge(answer: Tensor) -> float:
         _require(tuple(answer.shape), tuple(work.query.shape))
@@ -103,41 +111,56 @@ def _attention_output(work: AttentionWorkload) -> Callable[[Any], float]:
 
 
 def _attention_gradients(work: AttentionWorkload) -> Callable[[Any], float]:
-    """All gradients of the last sequence's last head of keys; a bias, which sequences share, gathers all of them."""
+    """All gradients of the last sequence's last head of keys; a bias, which sequences share, gathers all of them.
+
+    Of a call too large for that, the gradients of some queries alone: those of keys sum over all queries.
+    """
     group = work.query.shape[1] // work.key.shape[1]
     batch = slice(None) if work.bias is not None else slice(-1, None)
-    parts = [(batch, slice(-group, None)), (batch, slice(-1, None)), (batch, slice(-1, None))]
-    parts += [(slice(None), slice(-group, None))] * (len(work.tensors) - 3)
+    queries, keys = (batch, slice(-group, None)), (batch, slice(-1, None))
+    parts = [queries, keys, keys, *[(slice(None), slice(-group, None))] * (len(work.tensors) - 3)]
     leaves = [t[part].double().requires_grad_() for t, part in zip(work.tensors, parts, strict=True)]
-    part = replace(
-        work,
-        query=work.query[parts[0]],
-        key=work.key[parts[1]],
-        value=work.value[parts[2]],
-        key_lengths=None if work.key_lengths is None else work.key_lengths[batch],
-    )
+    lengths = None if work.key_lengths is None else work.key_lengths[batch]
+    part = replace(work, query=work.query[queries], key=work.key[keys], value=work.value[keys], key_lengths=lengths)
+    seq_q, seq_k = work.query.shape[2], work.key.shape[2]
+    whole = seq_q * seq_k <= _PAIRS
+    rows = torch.arange(seq_q) if whole else _some_rows(work)
     wanted = [torch.zeros_like(t) for t in leaves]
-    for rows in torch.arange(work.query.shape[2]).split(_BLOCK):
+    for block in rows.split(_BLOCK):
         query, key, value, *bias = leaves
-        out = _block(part, [query[:, :, rows], key, value, *(t[:, :, rows] for t in bias)], rows)
-        grads = torch.autograd.grad(out, leaves, work.dout[parts[0]][:, :, rows].double())
+        out = _block(part, [query[:, :, block], key, value, *(t[:, :, block] for t in bias)], block)
+        grads = torch.autograd.grad(out, leaves, work.dout[queries][:, :, block].double())
         for sum_, grad in zip(wanted, grads, strict=True):
             sum_ += grad
+    # Keys and values have no rows of queries.
+    compared = [(k, slice(None)) for k in (1, 2) if whole] + [(k, rows) for k in range(len(leaves)) if k not in (1, 2)]
 
     def judge(answer: Any) -> float:
         found = _tensors(answer)
         _require([tuple(t.shape) for t in found], [tuple(t.shape) for t in work.tensors])
-        return _distance(work, [t[p] for t, p in zip(found, parts, strict=True)], wanted)
+        pairs = [(found[k][parts[k]][:, :, at], wanted[k][:, :, at]) for k, at in compared]
+        return _distance(work, *zip(*pairs, strict=True))
 
     return judge
+
+
+def _some_rows(work: AttentionWorkload) -> Tensor:
+    seq_q = work.query.shape[2]
+    return torch.linspace(0, seq_q - 1, min(seq_q, _QUERIES)).long()
 
 
 def _block(work: AttentionWorkload, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
     """Returns float64's output for some queries; ``tensors`` hold these alone."""
     query, key, value, *bias = tensors
-    visible = work.visible()
-    if visible is not None and visible.shape[2] > 1:
-        visible = visible[:, :, rows]
+    keys = torch.arange(key.shape[2], device=key.device)
+    distance = rows.to(key.device)[:, None] - keys
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if work.causal or work.window is not None:
+        visible &= distance >= 0
+    if work.window is not None:
+        visible &= distance < work.window
+    if work.key_lengths is not None:
+        visible = visible & (keys < work.key_lengths[:, None, None, None])
     return eager.attention(query, key, value, visible=visible, bias=bias[0] if bias else None)[0]
 
 
@@ -194,15 +217,21 @@ def _answers(function: Callable[..., Tensor], wide: list[Tensor], dout: Tensor, 
 def _module(work: ModuleWorkload) -> Callable[[Any], float]:
     wide = replace(work, input=work.input.double(), training=True)
     # In training mode there is no fast path, and no dropout in this module.
-    wanted = [t for t in module.call(module.stock(work, torch.float64), wide)() if t is not None]
-    return lambda answer: _compared([t for t in _tensors(answer) if t is not None], wanted)
+    wanted = _outputs(module.call(module.stock(work, torch.float64), wide)(), work.backward)
+    return lambda answer: _compared(_outputs(answer, work.backward), wanted)
+
+
+def _outputs(answer: Any, backward: bool) -> list[Tensor]:
+    """Output and weights, or all gradients in one: that of the keys' bias cancels to nothing."""
+    found = [t.detach() for t in answer if t is not None]
+    return [torch.cat([t.flatten() for t in found])] if backward else found
 
 
 def _model(work: ModelWorkload) -> Callable[[Any], float]:
     wide = replace(work, stock=copy.deepcopy(work.stock).double())
     if work.target is not None:
-        wanted = torch.cat([grad.flatten() for grad in model.stock_call(wide)()])
-        return lambda answer: _compared([torch.cat([grad.flatten() for grad in answer])], [wanted])
+        wanted = _outputs(model.stock_call(wide)(), backward=True)
+        return lambda answer: _compared(_outputs(answer, backward=True), wanted)
     bos = work.source.new_full((work.source.shape[0], 1), work.stock.config.bos_id)
 
     @torch.no_grad()

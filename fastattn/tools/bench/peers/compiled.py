@@ -112,19 +112,15 @@ class TorchCompile(Peer):
         return timed(compile(plain), work.tensors, work.dout, backward=work.backward)
 
     def module(self, work: ModuleWorkload) -> Call | None:
-        stock = module.stock(work, work.dtype).train(work.backward or work.training)
+        stock = module.stock(work, work.dtype).train(work.training)
         compiled = compile(stock)
         x, parameters = work.input, list(stock.parameters())
 
-        def step() -> Any:
-            out, _ = compiled(x, x, x, need_weights=work.need_weights)
-            return torch.autograd.grad(out, parameters, x)
-
-        @torch.no_grad()
         def run() -> Any:
-            return compiled(x, x, x, need_weights=work.need_weights)
+            with torch.set_grad_enabled(work.training):
+                return compiled(x, x, x, need_weights=work.need_weights)
 
-        return step if work.backward else run
+        return (lambda: torch.autograd.grad(run()[0], parameters, x)) if work.backward else run
 
 
 class FlexAttention(Peer):
