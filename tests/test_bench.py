@@ -97,6 +97,7 @@ def small(monkeypatch):
     monkeypatch.setattr(model, "BASE", Seq2SeqConfig(source_vocab_size=20, target_vocab_size=30, **sizes))
     monkeypatch.setattr(runner, "_BUDGET", 0.0)
     monkeypatch.setattr(limits, "_STREAMED", 1 << 16)
+    monkeypatch.setattr(limits, "_STREAMED_PER_THREAD", 0)
     # How much an op's calls hold is test_memory's matter, and here the tests' own.
     monkeypatch.setattr(measuring, "peak_memory", lambda call, device: 1000 if call() is not None else None)
 
