@@ -14,8 +14,8 @@ struct StreamArgs {
   int64_t bytes = 0;
 };
 
-// Runs `rounds` rounds of independent float32 multiply-adds on every thread, in registers alone; returns how many
-// floating point operations that was.
+// Runs `rounds` rounds of independent float32 multiply-adds in each of several tasks a thread, in registers alone;
+// returns how many floating point operations that was.
 FASTATTN_DECLARE(double multiply_add_peak(int64_t rounds))
 FASTATTN_DECLARE(void read_memory(const StreamArgs& args))
 FASTATTN_DECLARE(void copy_memory(const StreamArgs& args))

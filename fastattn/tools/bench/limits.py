@@ -11,14 +11,15 @@ import torch
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.extension import kernels
 
-_REPEATS = 9
+# Seconds for each limit: something else may have the machine for a while.
+_BUDGET, _REPEATS = 0.25, 5
 # In float32 elements: 256 MB, and 16 MB a thread on large machines, more than their caches hold.
 _STREAMED, _STREAMED_PER_THREAD = 1 << 26, 1 << 22
 _ALIGNMENT = 64
 
 
 class Limits(NamedTuple):
-    """The best of a few runs on all threads together, which nothing on this machine can exceed for long.
+    """The best of many short runs on all threads together, which nothing on this machine can exceed for long.
 
     Attributes:
         float32: multiply-adds in registers, GFLOP/s.
@@ -50,7 +51,7 @@ class Limits(NamedTuple):
 
 
 def measure() -> Limits | None:
-    """Returns the limits with PyTorch's present number of threads, in about a second; None without the C++ kernels."""
+    """Returns the limits with PyTorch's present number of threads, in two seconds; None without the C++ kernels."""
     if CpuBackend().unavailable():
         return None
     run = kernels()
@@ -66,8 +67,8 @@ def measure() -> Limits | None:
         run.copy_memory(source, target)
         return 2 * moved
 
-    float32 = _rate(lambda: run.multiply_add_peak(1_000_000))
-    tiles = _rate(lambda: run.tile_peak(200_000))
+    float32 = _rate(lambda: run.multiply_add_peak(200_000))
+    tiles = _rate(lambda: run.tile_peak(50_000))
     return Limits(float32, tiles or float32, _rate(read), _rate(copy))
 
 
@@ -81,9 +82,10 @@ def _aligned(count: int) -> torch.Tensor:
 def _rate(work: Callable[[], float]) -> float:
     """Returns the best rate of ``work``, which says how much it did, in 1e9 a second."""
     work()
-    best = 0.0
-    for _ in range(_REPEATS):
+    best, repeats, end = 0.0, 0, time.perf_counter() + _BUDGET
+    while repeats < _REPEATS or time.perf_counter() < end:
         start = time.perf_counter()
         done = work()
         best = max(best, done / (time.perf_counter() - start) / 1e9)
+        repeats += 1
     return best

@@ -64,7 +64,11 @@ def limits(lines: Sequence[dict[str, Any]]) -> Limits | None:
 def _page(lines: Sequence[dict[str, Any]], drawn: Sequence[plots.Plot]) -> str:
     first: dict[str, Any] = next((line for line in reversed(lines) if "environment" in line), {"environment": {}})
     measured = limits(lines)
-    parts = ["<h1>fastattn benchmark</h1>", _definitions({**first["environment"], "time": first.get("time", "")})]
+    environment = {**first["environment"], "time": first.get("time", "")}
+    others = [line["other_cores"] for line in lines if line.get("other_cores") is not None]
+    if others:
+        environment["cores kept busy by other processes"] = others[-1]
+    parts = ["<h1>fastattn benchmark</h1>", _definitions(environment)]
     if measured is not None:
         parts += ["<h2>Limits of the machine, measured in the same run</h2>", _definitions(measured.described())]
     if first.get("not_here"):

@@ -17,6 +17,7 @@ _DTYPES = {
     "float16": ("#3d8f4e", "...", "^"),
 }
 _KINDS = ("#2f6db3", "#c65d21", "#3d8f4e", "#7a5195", "#b0851a", "#3aa0a0", "#a61b52", "#5a6475")
+_GUIDES = {1: (0, (1, 1)), 2: (0, (4, 3))}
 _WIDTH = 9.0  # inches
 _DPI = 110
 _BARS = ("attention", "feed_forward", "softmax", "module", "decode", "model")
@@ -184,7 +185,7 @@ def _scaling(figure: Any, rows: Sequence[Line], what: str) -> None:
     axes = figure.add_subplot()
     scale, unit = (1e3, "ms") if what == "time" else (2**20, "MiB beyond the inputs")
     kinds = list(dict.fromkeys(row["row"].split(" ")[0] for row in rows))
-    smallest = float("inf")
+    reference: list[float] = []
     for kind, colour in zip(kinds, _KINDS, strict=False):
         for who, style, label in (("fastattn", "o-", kind), ("torch SDPA", "x--", None)):
             points = {}
@@ -197,16 +198,18 @@ def _scaling(figure: Any, rows: Sequence[Line], what: str) -> None:
             axes.plot(
                 list(points), list(points.values()), style, color=colour, label=label, markersize=4, linewidth=1.2
             )
-            smallest = min([smallest, *points.values()])
+            if not reference:
+                reference = list(points.values())
     lengths = sorted({row["shape"]["seq_len"][0] for row in rows})
-    if len(lengths) > 1:
-        grown = lengths[-1] / lengths[0]
-        for power, name in ((1, "~ seq_len"), (2, "~ seq_len\u00b2")):
-            ends = [0.7 * smallest, 0.7 * smallest * grown**power]
-            axes.plot([lengths[0], lengths[-1]], ends, color=_SOFT, linewidth=0.8, linestyle=":")
-            axes.annotate(name, (lengths[-1], ends[1]), xytext=(4, 0), textcoords="offset points", color=_SOFT)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_ylim(axes.get_ylim())  # the guides do not stretch it
+    if len(lengths) > 1 and reference:
+        grown = lengths[-1] / lengths[0]
+        for power, name in ((1, "~ seq_len"), (2, "~ seq_len\u00b2")):
+            # Below the first curve's end, so that they hide nothing and the slopes can be compared.
+            ends = [0.6 * reference[-1] / grown**power, 0.6 * reference[-1]]
+            axes.plot([lengths[0], lengths[-1]], ends, color=_SOFT, linewidth=0.8, linestyle=_GUIDES[power], label=name)
     axes.set_xticks(lengths, [f"{x:,}" for x in lengths])
     axes.set_xlabel("seq_len")
     axes.set_ylabel(unit)

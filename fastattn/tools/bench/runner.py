@@ -4,6 +4,7 @@ process."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ RESULTS = "results.jsonl"
 # In operations: what a quick run still takes a second for.
 _QUICK_WORK = 2e10
 _QUICK_BUDGET, _BUDGET = 0.3, 1.5  # seconds for each of those that are timed
+# In cores: what other processes may take before the run says so.
+_DISTURBED = 0.1
 _VERSIONS = ("onnxruntime", "openvino", "ctranslate2", "numpy")
 
 
@@ -70,6 +73,7 @@ def run(
     ready = [peer for peer in wanted if peer.name not in start["not_here"]]
     settings = Settings(backends, ready, device, _QUICK_BUDGET if quick else _BUDGET, found_limits)
     lines = [start]
+    load = _Load()
     if out is not None:
         _append(out / RESULTS, [start])
     # On a terminal alone: a log gets the tables.
@@ -90,6 +94,11 @@ def run(
             if out is not None:
                 _append(out / RESULTS, found)
             lines += found
+    lines.append({"other_cores": load.of_others()})
+    if out is not None:
+        _append(out / RESULTS, lines[-1:])
+    if (lines[-1]["other_cores"] or 0.0) > _DISTURBED:
+        print(f"\nOther processes kept {lines[-1]['other_cores']:.1f} cores busy meanwhile: the figures are disturbed.")
     for peer, reasons in _left_out(lines).items():
         print(f"\n{peer} left out of {len(reasons)} rows, e.g. {reasons[0]}")
     if out is not None:
@@ -97,6 +106,33 @@ def run(
         if page.missing():
             print(page.missing())
     return 1 if any(line.get("note") == "WRONG" for line in lines) else 0
+
+
+class _Load:
+    """How many cores other processes kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def of_others(self) -> float | None:
+        """Returns the mean number of cores; None where the system does not tell."""
+        if self._start is None:
+            return None
+        now = self._now()
+        assert now is not None
+        busy, own, elapsed = (b - a for a, b in zip(self._start, now, strict=True))
+        return round(max(busy - own, 0.0) / max(elapsed, 1e-9), 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Returns the seconds that all processes have used together, that this one and its children have, and now."""
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, _idle, _wait, irq, softirq, steal = ticks
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.perf_counter()
 
 
 def _check_device(device: str) -> None:
