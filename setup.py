@@ -26,7 +26,8 @@ CPU_DIR = ROOT / "csrc" / "cpu"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Everything else is a kernel.
-COMPILED_ONCE = ("bindings", "isa", "lines", "pages", "parallel", "scratch")
+COMPILED_ONCE = ("bindings", "isa", "lines", "pages", "parallel", "plain_calls", "python_tensor", "scratch")
+KNOW_PYTHON = ("bindings", "plain_calls", "python_tensor")
 
 # Flags of each instruction set; "portable" is whatever the compiler takes as its baseline.
 ISAS: dict[str, list[str]] = {"portable": []}
@@ -150,7 +151,7 @@ class BuildExt(build_ext):
         python_flags = ["-isystem", pybind11.get_include(), "-isystem", python_include]
         for source in sorted(CPU_DIR.glob("*.cpp")):
             if source.stem in COMPILED_ONCE:
-                add(source, source.stem, python_flags if source.stem == "bindings" else [])
+                add(source, source.stem, python_flags if source.stem in KNOW_PYTHON else [])
                 continue
             for isa, flags in isas.items():
                 # AMX has kernels of its own for some of the work and AVX-512's for the rest.

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 import fastattn
 from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.extension import plain
 from fastattn.biases import Alibi, RelativePosition
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.masks import Causal, Dense, KeyLengths, Segments, Window
@@ -125,6 +126,7 @@ def test_refusal_gives_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 2, 3, 4)
     with pytest.raises(UnsupportedError, match="cpu: install g"):
         fastattn.attention(query, query, query, backend="cpu")
+    monkeypatch.setattr(plain, "attention", lambda *args: None)
     _dispatch._warned.clear()
     with pytest.warns(FallbackWarning, match="because: cpu: install g"):
         fastattn.attention(query, query, query)

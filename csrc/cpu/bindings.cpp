@@ -1,6 +1,6 @@
-// The only file that knows Python. Tensors are read through their Python attributes (data_ptr, shape, stride, dtype),
-// so that no torch header is needed; a call comes as the NamedTuple of fastattn.spec, already validated. Each kernel
-// has one register_* function, which fills its argument struct and runs it without the GIL.
+// The kernels, to Python. A call comes as the NamedTuple of fastattn.spec, already validated; its tensors are read
+// through python_tensor.h. Each kernel has one register_* function, which fills its argument struct and runs it without
+// the GIL. Beside it plain_calls.cpp serves the plainest calls in one step; no other file knows Python.
 //
 // Longer than 400 lines because every kernel is bound here and nowhere else.
 #include <pybind11/pybind11.h>
@@ -22,6 +22,8 @@
 #include "norm.h"
 #include "pages.h"
 #include "peak.h"
+#include "plain_calls.h"
+#include "python_tensor.h"
 #include "softmax.h"
 
 namespace py = pybind11;
@@ -31,72 +33,7 @@ namespace {
 
 int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// What a kernel needs to know of a tensor of up to four dimensions.
-struct TensorInfo {
-  void* data;
-  DType dtype;  // of floating tensors; kFloat32 for all others
-  int dims;
-  int64_t size[4], stride[4];
-};
-
-// Python objects asked for at every call, fetched once: torch's dtypes (singletons), in the order of DType, and names.
-struct {
-  PyObject* dtypes[4];
-  PyObject *data_ptr, *size, *stride, *dtype;
-} python;
-
-void fetch_python_objects() {
-  const py::module_ torch = py::module_::import("torch");
-  const char* names[] = {"float32", "bfloat16", "float16", "float64"};
-  for (int i = 0; i < 4; ++i) python.dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
-  python.data_ptr = PyUnicode_InternFromString("data_ptr");
-  python.size = PyUnicode_InternFromString("size");
-  python.stride = PyUnicode_InternFromString("stride");
-  python.dtype = PyUnicode_InternFromString("dtype");
-}
-
-py::object call_method(py::handle object, PyObject* name) {
-  PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-int read_ints(py::handle tuple, int64_t* values) {
-  const Py_ssize_t n = PyTuple_GET_SIZE(tuple.ptr());
-  if (n > 4) throw std::invalid_argument("kernels take tensors of up to 4 dimensions, got " + std::to_string(n));
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
-    if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  return static_cast<int>(n);
-}
-
-DType read_dtype(py::handle tensor) {
-  const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), python.dtype));
-  if (!dtype) throw py::error_already_set();
-  for (int i = 0; i < 4; ++i) {
-    if (dtype.ptr() == python.dtypes[i]) return static_cast<DType>(i);
-  }
-  return DType::kFloat32;
-}
-
-TensorInfo read_tensor(py::handle tensor) {
-  TensorInfo info{};
-  info.data = PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr());
-  info.dtype = read_dtype(tensor);
-  info.dims = read_ints(call_method(tensor, python.size), info.size);
-  read_ints(call_method(tensor, python.stride), info.stride);
-  return info;
-}
-
-// Address of a contiguous tensor that may be None.
-template <typename T>
-T* read_pointer(py::handle tensor) {
-  if (tensor.is_none()) return nullptr;
-  return static_cast<T*>(PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr()));
-}
-
-// The same of a tensor of `elements` that a kernel is about to fill.
+// Address of a contiguous tensor of `elements`, which may be None, that a kernel is about to fill.
 void* read_new_pointer(py::handle tensor, int64_t elements, DType dtype) {
   void* data = read_pointer<void>(tensor);
   if (data != nullptr) prefer_huge_pages(data, elements * item_bytes(dtype));
@@ -110,12 +47,6 @@ TensorInfo read_new(py::handle tensor) {
   for (int i = 0; i < info.dims; ++i) elements += (info.size[i] - 1) * info.stride[i];
   prefer_huge_pages(info.data, elements * item_bytes(info.dtype));
   return info;
-}
-
-View to_view(const TensorInfo& info) {
-  View view{info.data, info.dtype, {}};
-  for (int i = 0; i < info.dims; ++i) view.stride[i] = info.stride[i];
-  return view;
 }
 
 // The view of a tensor in which dimensions of size 1 are broadcast.
@@ -581,4 +512,5 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_norm(m);
   fastattn::register_attention_weights(m);
   fastattn::register_softmax(m);
+  fastattn::register_plain_calls(m);
 }

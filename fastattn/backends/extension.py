@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 # torch is imported first: its libgomp must be in the process before the extension's, so that both share a thread pool.
 import torch  # noqa: F401
@@ -31,3 +33,25 @@ def load() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module("fastattn._cpu"), None
     except ImportError as error:
         return None, f"the extension fastattn._cpu is not built ({error}); install g++ and run: pip install -e ."
+
+
+class _PlainCalls:
+    """The extension's plain calls, an attribute an op: ``csrc/cpu/plain_calls.cpp`` says what they are.
+
+    Each returns the op's result; or None, where the call is not plain and must go the long way; or True, where
+    everything about it is right and it would be plain if no argument wanted a gradient.
+    """
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        # Looked up at an op's first call, so that importing the package loads nothing.
+        module = load()[0]
+        call = _decline if module is None else getattr(module, f"plain_{op}")
+        setattr(self, op, call)
+        return call
+
+
+def _decline(*args: Any) -> None:
+    return None
+
+
+plain = _PlainCalls()

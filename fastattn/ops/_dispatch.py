@@ -67,6 +67,11 @@ def resolve(backend: str | None) -> str:
     return _requested.name if backend is None else check_name(backend)
 
 
+def may_be_plain(backend: str | None) -> bool:
+    """Whether a call may be tried as a plain one: no backend is asked for, and nobody observes or compiles it."""
+    return backend is None and not (_requested.name or _observers.callbacks or torch.compiler.is_compiling())
+
+
 def check_name(name: str) -> str:
     if name not in _backends.BY_NAME:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _backends.BY_NAME))}, got {name!r}")

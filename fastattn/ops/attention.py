@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import masks
+from fastattn.backends.extension import plain
 from fastattn.backends.reference import gradients
 from fastattn.biases import RelativeBias
 from fastattn.masks import Mask
@@ -22,6 +23,7 @@ CALL_SCHEMA = """
     Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? relative_bias, Tensor? sinks, Tensor? dense_mask,
     Tensor? key_lengths, Tensor? segments_q, Tensor? segments_k, Tensor? dropout_state, SymInt diag_lo, SymInt diag_hi,
     float softmax_scale, float softcap, float dropout_p, str backend"""
+_BANDS = (type(None), masks.Causal, masks.Window)  # the masks that are two numbers, whatever the shapes
 _NUM_FIELDS = len(AttentionCall._fields)
 _DIFFERENTIABLE_AT = tuple(AttentionCall._fields.index(f) for f in DIFFERENTIABLE)
 
@@ -79,6 +81,12 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dao, "FlashAttention-2", 2023.
     """
+    if bias is softcap is sinks is None and type(mask) in _BANDS and not return_lse and _dispatch.may_be_plain(backend):
+        left, right, align = (None, None, "") if mask is None else (mask.left, mask.right, mask.align)  # type: ignore
+        last = align == "bottom_right"
+        out = plain.attention(query, key, value, left, right, last, softmax_scale, dropout_p, True)
+        if isinstance(out, Tensor):
+            return out
     call = attention_call(
         query,
         key,
@@ -140,6 +148,11 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other: pass one of them")
+    if attn_mask is None and _dispatch.may_be_plain(None):
+        right = 0 if is_causal else None
+        out = plain.attention(query, key, value, None, right, False, scale, dropout_p, bool(enable_gqa))
+        if isinstance(out, Tensor):
+            return out
     query, key, value, lead = _to_4d(query, key, value, enable_gqa)
     mask: Mask | None = masks.Causal("top_left") if is_causal else None
     bias = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.extension import plain
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
@@ -68,6 +69,12 @@ def feed_forward(
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve
     Transformer", 2020.
     """
+    if _dispatch.may_be_plain(backend):
+        out = plain.feed_forward(
+            input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, dropout_p
+        )
+        if isinstance(out, Tensor):
+            return out
     call = feed_forward_call(
         input,
         weight_in,

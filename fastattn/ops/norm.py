@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.extension import plain
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
@@ -80,6 +81,10 @@ def _run(
     rms: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if _dispatch.may_be_plain(backend):
+        found = plain.norm(input, weight, bias, residual, eps, rms)
+        if isinstance(found, (Tensor, tuple)):
+            return found
     call = norm_call(input, weight, bias, residual=residual, eps=eps, rms=rms, backend=_dispatch.resolve(backend))
     if _dispatch.needs_reference_derivatives(call.input, call.residual, call.weight, call.bias):
         _dispatch.warn_reference("norm", "forward-mode derivatives and torch.func transforms have no kernel")

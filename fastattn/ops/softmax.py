@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.extension import plain
 from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
 from fastattn.reference import softmax as formula
@@ -78,6 +79,10 @@ def _run(
     log: bool,
     backend: str | None,
 ) -> Tensor:
+    if mask is None and dtype is None and _dispatch.may_be_plain(backend):
+        out = plain.softmax(input, dim, scale, log)
+        if isinstance(out, Tensor):
+            return out
     if isinstance(input, Tensor) and input.dim() == 0:
         return _run(input[None], dim, mask, scale, dtype, log, backend)[0]
     call = softmax_call(input, dim, mask=mask, scale=scale, dtype=dtype, log=log, backend=_dispatch.resolve(backend))

@@ -1,0 +1,86 @@
+#include "python_tensor.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace fastattn {
+
+PythonObjects python;
+
+void fetch_python_objects() {
+  const auto torch = py::module_::import("torch"), internals = py::module_::import("torch._C");
+  const auto keep = [](const py::object& owner, const char* name) {
+    return py::object(owner.attr(name)).release().ptr();
+  };
+  const char* dtypes[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int i = 0; i < 4; ++i) python.dtypes[i] = keep(torch, dtypes[i]);
+  python.data_ptr = PyUnicode_InternFromString("data_ptr");
+  python.size = PyUnicode_InternFromString("size");
+  python.stride = PyUnicode_InternFromString("stride");
+  python.dtype = PyUnicode_InternFromString("dtype");
+  python.layout = PyUnicode_InternFromString("layout");
+  python.is_cpu = PyUnicode_InternFromString("is_cpu");
+  python.requires_grad = PyUnicode_InternFromString("requires_grad");
+  python.tensor_type = keep(torch, "Tensor");
+  python.parameter_type = keep(py::module_::import("torch.nn"), "Parameter");
+  python.strided = keep(torch, "strided");
+  python.empty_like = keep(torch, "empty_like");
+  python.is_grad_enabled = keep(torch, "is_grad_enabled");
+  python.dispatch_modes = keep(internals, "_len_torch_dispatch_stack");
+  python.function_modes = keep(internals, "_len_torch_function_stack");
+  python.autocast = keep(internals, "_is_any_autocast_enabled");
+  python.functorch = keep(internals, "_are_functorch_transforms_active");
+  python.tracing_state = keep(internals, "_get_tracing_state");
+  python.profiler = py::module_::import("torch.autograd.profiler").release().ptr();
+  python.profiler_flag = PyUnicode_InternFromString("_is_profiler_enabled");
+  python.forward_ad = py::module_::import("torch.autograd.forward_ad").release().ptr();
+  python.forward_ad_level = PyUnicode_InternFromString("_current_level");
+}
+
+py::object call_method(py::handle object, PyObject* name) {
+  PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+namespace {
+
+int read_ints(py::handle tuple, int64_t* values) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(tuple.ptr());
+  if (n > 4) throw std::invalid_argument("kernels take tensors of up to 4 dimensions, got " + std::to_string(n));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return static_cast<int>(n);
+}
+
+}  // namespace
+
+DType read_dtype(py::handle tensor) {
+  const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), python.dtype));
+  if (!dtype) throw py::error_already_set();
+  for (int i = 0; i < 4; ++i) {
+    if (dtype.ptr() == python.dtypes[i]) return static_cast<DType>(i);
+  }
+  return DType::kFloat32;
+}
+
+TensorInfo read_tensor(py::handle tensor) {
+  TensorInfo info{};
+  info.data = PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr());
+  info.dtype = read_dtype(tensor);
+  info.dims = read_ints(call_method(tensor, python.size), info.size);
+  read_ints(call_method(tensor, python.stride), info.stride);
+  return info;
+}
+
+View to_view(const TensorInfo& info) {
+  View view{info.data, info.dtype, {}};
+  for (int i = 0; i < info.dims; ++i) view.stride[i] = info.stride[i];
+  return view;
+}
+
+}  // namespace fastattn
