@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "families",
         nargs="*",
         metavar="FAMILY",
-        help="attention, decode, softmax, feed_forward, module, model, overhead, threads, scaling; by default all",
+        help="attention, decode, softmax, feed_forward, module, model, overhead, threads, scaling, or all (default)",
     )
     bench.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     bench.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])

@@ -286,6 +286,7 @@ def test_a_second_run_is_appended_and_the_last_row_counts(small, tmp_path):
         ({"backends": ["gpu"]}, "'cpu'"),
         ({"peer_names": ["torch"]}, "'torch SDPA'"),
         ({"device": "tpu"}, "'cuda'"),
+        ({"device": "cuda:x"}, "'cuda'"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
 )

@@ -98,8 +98,9 @@ def _page(lines: Sequence[dict[str, Any]], drawn: Sequence[plots.Plot]) -> str:
 _REMARK = (
     '<p class="small">Medians; behind them the 20th and 80th percentile, in per cent of the median. All calls of a row '
     "were timed in turns in one process, after fastattn's answer had been checked against float64 (error: over the "
-    "largest element) and the peers' against fastattn's. Memory: the peak beyond the inputs, outputs included. An "
-    "empty cell: that peer does not offer the call, or its answer was wrong.</p>"
+    "largest element), and the peers' too. Of limit: of the bandwidth, of bfloat16 products, or of float32 "
+    "multiply-adds, which products of bfloat16 pieces on AMX can exceed. Memory: the peak beyond the inputs, outputs "
+    "included. An empty cell: that peer does not offer the call, or its answer was wrong.</p>"
 )
 
 

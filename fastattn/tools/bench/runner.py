@@ -136,11 +136,18 @@ class _Load:
 
 
 def _check_device(device: str) -> None:
-    kind = torch.device(device).type if device.split(":")[0] in ("cpu", "cuda") else ""
-    if not kind:
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind, index = "", 0
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here (torch.cuda.is_available() is False): use --device cpu")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here (torch.cuda.is_available() is False): use --device cpu")
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} CUDA devices, got {device!r}")
+        torch.cuda.set_device(index)  # the clock's events are recorded on the current one
 
 
 def _first_line(wanted: Sequence[peers.Peer], device: str) -> Line:
