@@ -101,7 +101,7 @@ def _ratio_bars(figure: Any, rows: Sequence[Line]) -> None:
     height = 0.8 / len(dtypes)
     low = min(0.8, 0.85 * min(row["ratio"] for row in rows))
     high = 1.6 * max(1.0, *(row["ratio"] for row in rows))
-    figure.set_figheight(1.1 + len(names) * max(0.24, 0.05 + 0.17 * len(dtypes)))
+    figure.set_figheight(1.4 + len(names) * max(0.24, 0.05 + 0.17 * len(dtypes)))
     panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
     for axes, direction in zip(panels, directions, strict=True):
         for k, dtype in enumerate(dtypes):
@@ -134,7 +134,7 @@ def _ratio_bars(figure: Any, rows: Sequence[Line]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.supxlabel("best peer's time over fastattn's, log scale", fontsize=9)
+    figure.suptitle("best peer's time over fastattn's, log scale", fontsize=9, color=_INK)
     if len(dtypes) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(dtypes), frameon=False)
@@ -146,7 +146,7 @@ def _roofline(figure: Any, rows: Sequence[Line], limits: Limits) -> None:
     roofs = {"float32": limits.float32, "bfloat16": limits.bfloat16}
     top = max(roofs.values())
     axes.plot([low, top / limits.read], [low * limits.read, top], color=_SOFT, linewidth=1)
-    axes.annotate(f"read {limits.read:.0f} GB/s", (low, low * limits.read), xytext=(0, 16), textcoords="offset points")
+    axes.annotate(f"read {limits.read:.0f} GB/s", (low, low * limits.read), xytext=(12, 0), textcoords="offset points")
     for name, peak in roofs.items():
         # Where both are the same machine, one line says so.
         if name == "bfloat16" and peak == roofs["float32"]:
@@ -214,4 +214,6 @@ def _scaling(figure: Any, rows: Sequence[Line], what: str) -> None:
     axes.set_xlabel("seq_len")
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", ncols=2)
+    if any("torch SDPA" in row["times_us"] for row in rows):
+        axes.plot([], [], "x--", color=_SOFT, markersize=4, linewidth=1.2, label="torch SDPA")
+    figure.legend(frameon=False, loc="outside right upper")
