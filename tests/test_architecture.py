@@ -13,6 +13,7 @@ import torch
 import fastattn
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.feed_forward import FeedForwardCall
+from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
@@ -45,6 +46,7 @@ MODULES = {
 CALLS = {
     "attention": AttentionCall,
     "feed_forward": FeedForwardCall,
+    "linear": LinearCall,
     "linear_cross_entropy": LinearCrossEntropyCall,
     "norm": NormCall,
     "norm_backward": NormBackwardCall,

@@ -18,6 +18,7 @@
 #include "dropout_mask.h"
 #include "feed_forward_backward.h"
 #include "isa.h"
+#include "linear.h"
 #include "lines.h"
 #include "norm.h"
 #include "pages.h"
@@ -497,6 +498,61 @@ void register_feed_forward(py::module_& m) {
       "is not wanted.");
 }
 
+// Tensors [rows, columns] of one shape, side by side.
+JoinedMatrix read_joined(const py::list& parts, int64_t rows, int64_t columns, DType dtype) {
+  JoinedMatrix joined;
+  joined.count = static_cast<int64_t>(parts.size());
+  if (joined.count < 1 || joined.count > JoinedMatrix::kMost)
+    throw std::invalid_argument("expected one to three parts");
+  for (int64_t i = 0; i < joined.count; ++i) {
+    const Matrix part = read_matrix(parts[static_cast<size_t>(i)], rows, columns, dtype);
+    joined.data[i] = part.data;
+    joined.row_stride[i] = part.row_stride;
+  }
+  return joined;
+}
+
+bool linear([[maybe_unused]] const LinearArgs& args) {
+#if defined(FASTATTN_HAS_AMX)
+  return current_isa() == Isa::kAmx && amx::linear(args);
+#else
+  return false;
+#endif
+}
+
+void register_linear(py::module_& m) {
+  m.def(
+      "linear",
+      [](const py::list& left, bool left_transposed, py::handle right, bool right_transposed, py::handle bias,
+         const py::list& out) {
+        const TensorInfo first = read_tensor(left[0]), last = read_tensor(right), result = read_tensor(out[0]);
+        const auto parts = static_cast<int64_t>(left.size()), out_parts = static_cast<int64_t>(out.size());
+        LinearArgs args;
+        args.rows = result.size[0];
+        args.columns = result.size[1] * out_parts;
+        args.depth = last.size[right_transposed ? 1 : 0];
+        args.dtype = first.dtype;
+        args.left_transposed = left_transposed;
+        args.left = left_transposed ? read_joined(left, args.depth, args.rows / parts, args.dtype)
+                                    : read_joined(left, args.rows, args.depth / parts, args.dtype);
+        args.right_transposed = right_transposed;
+        const Matrix matrix = right_transposed ? read_matrix(right, args.columns, args.depth, args.dtype)
+                                               : read_matrix(right, args.depth, args.columns, args.dtype);
+        args.right = matrix.data;
+        args.right_stride = matrix.row_stride;
+        args.bias = read_vector(bias, args.columns, args.dtype);
+        args.out = read_joined(out, args.rows, args.columns / out_parts, args.dtype);
+        const auto fits = [](int64_t size, int64_t count) { return count == 1 || size % (32 * count) == 0; };
+        if (!fits(left_transposed ? args.rows : args.depth, parts) || !fits(args.columns, out_parts)) {
+          throw std::invalid_argument("several parts must have multiples of 32 columns each");
+        }
+        py::gil_scoped_release release;
+        return linear(args);
+      },
+      "Writes out = left @ right + bias; `left` and `out` are lists of matrices, side by side, that are not empty. "
+      "False: it has to be computed otherwise.");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -507,6 +563,7 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_dropout_mask(m);
   fastattn::register_limits(m);
   fastattn::register_feed_forward(m);
+  fastattn::register_linear(m);
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);

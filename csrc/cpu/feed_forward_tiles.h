@@ -7,9 +7,9 @@
 // float16 is the sum of two bfloat16, of whose four products three are taken; what lies between two products, kept as
 // two of them, loses 2^-16. bfloat16 takes one product, and rounds what lies between two of them as PyTorch does.
 //
-// Infinity has no such sum: Inf * 0 is NaN. And tiles take subnormal numbers for 0, which the last pieces of very small
-// numbers are. Packing reports what is not finite and what is nothing but very small, and the caller starts again
-// without tiles.
+// Infinity has no such sum: Inf * 0 is NaN, and what overflows in one product may be Inf - Inf with another. And tiles
+// take subnormal numbers for 0, which the last pieces of very small numbers are. Packing reports what is not finite or
+// very large, and what is nothing but very small, and the caller starts again without tiles.
 #pragma once
 
 #include <type_traits>
@@ -176,6 +176,7 @@ class TileEngine {
     FloatVec largest = FloatVec::zero();
   };
   static constexpr float kVerySmall = 0x1p-90f;  // the least piece of such an element is above 2^-108
+  static constexpr float kVeryLarge = 0x1p55f;   // 2^17 products of such elements are below float32's largest number
 
   // Cuts x into pieces, each with the bits of a bfloat16 alone, and notes what is not finite.
   struct Cut {
@@ -294,7 +295,7 @@ class TileEngine {
       }
     }
     const float largest = reduce_max(seen.largest);
-    return seen.bad == 0 && (largest == 0 || largest >= kVerySmall);
+    return seen.bad == 0 && (largest == 0 || (largest >= kVerySmall && largest <= kVeryLarge));
   }
 };
 

@@ -10,11 +10,15 @@ from torch import Tensor
 from fastattn.backends import blocked
 from fastattn.backends.base import Backend
 from fastattn.backends.extension import cpu_flags, kernels, load
+from fastattn.backends.products import product
+from fastattn.reference import linear as linear_formula
 from fastattn.spec import attention_weights as attention_weights_spec
 from fastattn.spec import feed_forward as feed_forward_spec
+from fastattn.spec import linear as linear_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.feed_forward import FeedForwardCall
+from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
@@ -78,6 +82,30 @@ class CpuBackend(Backend):
         dinput = None if grads[0] is None else grads[0].view(call.num_tokens, -1)
         kernels().feed_forward_backward(_rows_contiguous(call), _matrix(dout, dout.shape[-1]), dinput, *grads[1:])
         return grads
+
+    def linear(self, call: LinearCall) -> list[Tensor]:
+        outs = linear_spec.empty_outputs(call)
+        if call.input.dtype == torch.float64:
+            return list(linear_formula.linear(call))
+        matrices = [out.view(call.num_tokens, -1) for out in outs]
+        product(
+            [_matrix(call.input, call.input.shape[-1])], call.weight, matrices, bias=call.bias, right_transposed=True
+        )
+        return outs
+
+    def linear_backward(self, call: LinearCall, douts: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+        need_input, need_weight, need_bias = needed
+        rows = [_matrix(dout, call.part_dim) for dout in douts]
+        dinput = dweight = dbias = None
+        if need_input:
+            dinput = call.input.new_empty(call.input.shape)
+            product(rows, call.weight, [dinput.view(call.num_tokens, -1)])
+        if need_weight:
+            dweight = call.weight.new_empty(call.weight.shape)
+            product(rows, _matrix(call.input, call.input.shape[-1]), [dweight], left_transposed=True)
+        if need_bias and call.bias is not None:
+            dbias = torch.cat([dout.sum(0) for dout in rows])
+        return [dinput, dweight, dbias]
 
     def linear_cross_entropy(self, call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
         return blocked.linear_cross_entropy(call, product_dtype(cpu_flags(), call.hidden.dtype))

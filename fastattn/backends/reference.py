@@ -12,10 +12,12 @@ from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
 from fastattn.reference import attention_weights as attention_weights_formula
 from fastattn.reference import feed_forward as feed_forward_formula
+from fastattn.reference import linear as linear_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference import norm as norm_formula
 from fastattn.reference import softmax as softmax_formula
 from fastattn.spec import feed_forward as feed_forward_spec
+from fastattn.spec import linear as linear_spec
 from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec import norm as norm_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
@@ -55,6 +57,14 @@ class ReferenceBackend(Backend):
             return (feed_forward_formula.feed_forward(c),)
 
         return contiguous(gradients(formula, call, feed_forward_spec.DIFFERENTIABLE, needed, [dout]))
+
+    def linear(self, call: linear_spec.LinearCall) -> list[Tensor]:
+        return [part.contiguous() for part in linear_formula.linear(call)]
+
+    def linear_backward(
+        self, call: linear_spec.LinearCall, douts: Sequence[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        return contiguous(gradients(linear_formula.linear, call, linear_spec.DIFFERENTIABLE, needed, douts))
 
     def linear_cross_entropy(self, call: linear_cross_entropy_spec.LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_formula.linear_cross_entropy(call)

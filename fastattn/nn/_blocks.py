@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.nn.norm import LayerNorm
 from fastattn.ops.feed_forward import feed_forward as fused_feed_forward
+from fastattn.ops.linear import linear
 from fastattn.ops.norm import layer_norm
 
 # Where fusing starts to pay, measured on one AVX-512 core in float32.  Below 2^18 elements (1 MiB) the op's 30 us cost
@@ -39,6 +40,13 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     )
 
 
+def apply_linear(module: Any, x: Tensor) -> Tensor:
+    """Returns ``module(x)``, of a linear layer or whatever stands in its place."""
+    if is_plain(module, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return linear(x, module.weight, module.bias)[0]
+    return module(x)
+
+
 def add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``(norm(residual + x), residual + x)``."""
     if _fuses_norm(norm, x, residual):
@@ -52,10 +60,10 @@ def feed_forward(linear1: Any, activation: Callable[[Tensor], Tensor], dropout: 
     """Returns ``linear2(dropout(activation(linear1(x))))``."""
     name = _activation_name(activation) if is_plain(linear1, nn.Linear) else None
     if name is None or not _fuses_feed_forward(linear1, dropout, linear2, x):
-        hidden = linear1(x)
+        hidden = apply_linear(linear1, x)
         # Nobody else holds the product and no gradient needs it, so that its memory can be written again.
         hidden = torch.relu_(hidden) if name == "relu" else activation(hidden)
-        return linear2(dropout(hidden))
+        return apply_linear(linear2, dropout(hidden))
     return fused_feed_forward(
         x,
         linear1.weight,

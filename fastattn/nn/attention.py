@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fastattn.masks import Mask, Shape
 from fastattn.nn import _nested
+from fastattn.nn._blocks import apply_linear
 from fastattn.nn._masks import restriction
 from fastattn.nn.kv_cache import KVCache
 from fastattn.ops import _dispatch
 from fastattn.ops.attention import attend
 from fastattn.ops.attention_weights import weigh
+from fastattn.ops.linear import linear
 from fastattn.spec.attention import attention_call
 from fastattn.spec.attention_weights import weights_call
 
@@ -117,7 +119,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = None if weights is None else weights[0]
         else:
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
-        return self.out_proj(out.flatten(-2)), weights
+        return apply_linear(self.out_proj, out.flatten(-2)), weights
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
@@ -143,14 +145,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query is not key and cache is not None:
             # The encoder's output does not change from step to step, so neither do its keys and values.
             _check_query(self, query)
-            q = self._heads(self._linear(query, 0, 1))
+            q = self._heads(*self._linear(query, 0, 1))
             k, v = cache.fixed(self, lambda: self._project_memory(query, key, value))
             return q, k, v, k.shape[2]
         _check_inputs(self, query, key, value)
         if query is key and key is value and self.in_proj_weight is not None:
-            q, k, v = (self._heads(t) for t in self._linear(query, 0, 3).chunk(3, dim=-1))
+            q, k, v = (self._heads(t) for t in self._linear(query, 0, 3))
         else:
-            q = self._heads(self._linear(query, 0, 1))
+            q = self._heads(*self._linear(query, 0, 1))
             k, v = self._project_memory(query, key, value)
         num_new = k.shape[2]
         if cache is not None:
@@ -160,13 +162,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project_memory(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         _check_inputs(self, query, key, value)
         if key is value and self.in_proj_weight is not None:
-            k, v = self._linear(key, 1, 3).chunk(2, dim=-1)
+            k, v = self._linear(key, 1, 3)
         else:
-            k, v = self._linear(key, 1, 2), self._linear(value, 2, 3)
+            (k,), (v,) = self._linear(key, 1, 2), self._linear(value, 2, 3)
         return self._heads(k), self._heads(v)
 
-    def _linear(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Applies the projections ``first:last`` of (query, key, value) in one product."""
+    def _linear(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Returns the projections ``first:last`` of (query, key, value), made by one product."""
         weight: Tensor | None = self.in_proj_weight
         bias: Tensor | None = self.in_proj_bias
         if last - first < 3:
@@ -177,7 +179,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             else:
                 weight = weight[part]
         assert weight is not None
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias, last - first)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Splits the features into heads: a view [batch, num_heads, seq_len, head_dim]."""

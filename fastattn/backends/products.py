@@ -1,0 +1,72 @@
+"""Matrix products of linear layers: our kernel's on AMX tiles, or PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.extension import kernels
+
+# Fewest rows of a product for which packing what is multiplied pays.
+_LEAST_ROWS = {torch.float32: 128, torch.float16: 128}
+# Fewest columns and depth: a tile is 16 columns wide and 32 deep.
+_LEAST_SIZE = 64
+
+
+def multiplies_on_tiles(isa: str, dtype: torch.dtype, rows: int, columns: int, depth: int) -> bool:
+    """Whether our kernel multiplies [rows, depth] by [depth, columns] faster than PyTorch.
+
+    On AMX it computes a float32 from three bfloat16 pieces, and a float16 from two.  Without AMX, and in bfloat16, for
+    which PyTorch uses AMX itself, PyTorch's product is as fast.
+
+    Args:
+        isa: the instruction set in use, as ``fastattn._cpu.isa()`` names it.
+        dtype: of what is multiplied.
+        rows: of the left operand: tokens.
+        columns: of the right operand.
+        depth: what the two have in common.
+    """
+    least_rows = _LEAST_ROWS.get(dtype)
+    return isa == "amx" and least_rows is not None and rows >= least_rows and min(columns, depth) >= _LEAST_SIZE
+
+
+def product(
+    left: Sequence[Tensor],
+    right: Tensor,
+    out: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    left_transposed: bool = False,
+    right_transposed: bool = False,
+) -> None:
+    """Writes ``out = left @ right + bias``, on tiles where they can multiply these numbers exactly.
+
+    Args:
+        left: matrices side by side, [rows, depth / n] each; with ``left_transposed`` [depth, rows / n].
+        right: [depth, columns]; with ``right_transposed`` [columns, depth].
+        out: matrices side by side, [rows, columns / n] each, with contiguous rows.
+        bias: [columns] or None.
+        left_transposed: whether ``left`` is given transposed.
+        right_transposed: whether ``right`` is given transposed.
+    """
+    whole_parts = all(len(parts) == 1 or parts[0].shape[1] % 32 == 0 for parts in (left, out))
+    if whole_parts and kernels().linear(
+        [_rows(t) for t in left],
+        left_transposed,
+        _rows(right),
+        right_transposed,
+        None if bias is None else bias.contiguous(),
+        list(out),
+    ):
+        return
+    a = left[0] if len(left) == 1 else torch.cat(list(left), dim=1)
+    a, b = a.t() if left_transposed else a, right.t() if right_transposed else right
+    whole = a @ b if bias is None else torch.addmm(bias, a, b)
+    for part, values in zip(out, whole.split(out[0].shape[1], dim=1), strict=True):
+        part.copy_(values)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
