@@ -20,6 +20,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "lines.h"
+#include "logits.h"
 #include "norm.h"
 #include "pages.h"
 #include "peak.h"
@@ -541,7 +542,8 @@ void register_linear(py::module_& m) {
         args.right = matrix.data;
         args.right_stride = matrix.row_stride;
         args.bias = read_vector(bias, args.columns, args.dtype);
-        args.out = read_joined(out, args.rows, args.columns / out_parts, args.dtype);
+        args.wide = result.dtype == DType::kFloat32;
+        args.out = read_joined(out, args.rows, args.columns / out_parts, args.wide ? result.dtype : args.dtype);
         const auto fits = [](int64_t size, int64_t count) { return count == 1 || size % (32 * count) == 0; };
         if (!fits(left_transposed ? args.rows : args.depth, parts) || !fits(args.columns, out_parts)) {
           throw std::invalid_argument("several parts must have multiples of 32 columns each");
@@ -549,8 +551,39 @@ void register_linear(py::module_& m) {
         py::gil_scoped_release release;
         return linear(args);
       },
-      "Writes out = left @ right + bias; `left` and `out` are lists of matrices, side by side, that are not empty. "
-      "False: it has to be computed otherwise.");
+      "Writes out = left @ right + bias, in float32 if that is out's dtype; `left` and `out` are lists of matrices, "
+      "side "
+      "by side, that are not empty. False: it has to be computed otherwise.");
+}
+
+void register_logits(py::module_& m) {
+  m.def(
+      "logits_statistics",
+      [](py::handle logits, py::handle highest, py::handle sum, py::handle total) {
+        const TensorInfo info = read_tensor(logits);
+        const Matrix matrix = read_matrix(logits, info.size[0], info.size[1], DType::kFloat32);
+        const LogitsArgs args{info.size[0], info.size[1], static_cast<float*>(matrix.data), matrix.row_stride};
+        auto* max = static_cast<float*>(read_vector(highest, args.rows, DType::kFloat32));
+        auto* exps = static_cast<double*>(read_vector(sum, args.rows, DType::kFloat64));
+        auto* sums = static_cast<double*>(read_vector(total, args.rows, DType::kFloat64));
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(logits_statistics, args, max, exps, sums);
+      },
+      "Adds more classes, float32 [rows, classes], to each row's maximum, sum of exponentials below it and sum.");
+  m.def(
+      "logits_gradient",
+      [](py::handle logits, py::handle lse, py::handle scale, double less, py::handle out) {
+        const TensorInfo info = read_tensor(logits);
+        const Matrix matrix = read_matrix(logits, info.size[0], info.size[1], DType::kFloat32);
+        const LogitsArgs args{info.size[0], info.size[1], static_cast<float*>(matrix.data), matrix.row_stride};
+        const auto* lses = static_cast<const float*>(read_vector(lse, args.rows, DType::kFloat32));
+        const auto* scales = static_cast<const float*>(read_vector(scale, args.rows, DType::kFloat32));
+        const DType dtype = read_dtype(out);
+        const Matrix to = read_matrix(out, args.rows, args.columns, dtype);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(logits_gradient, args, lses, scales, static_cast<float>(less), to.data, to.row_stride, dtype);
+      },
+      "Writes (exp(logits - lse) - less) * scale, float32 or half precision, for float32 [rows, classes].");
 }
 
 }  // namespace
@@ -564,6 +597,7 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_limits(m);
   fastattn::register_feed_forward(m);
   fastattn::register_linear(m);
+  fastattn::register_logits(m);
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);

@@ -28,6 +28,7 @@ struct LinearArgs {
   bool right_transposed = false;
   const void* bias = nullptr;  // [columns], or null
   JoinedMatrix out;            // [rows, columns], joined along columns
+  bool wide = false;           // out is float32, whatever dtype is
 };
 
 #if defined(FASTATTN_HAS_AMX)

@@ -19,7 +19,7 @@ constexpr int64_t kBlockRows = 256, kPanelColumns = 256;
 constexpr int64_t kPackRows = 64;    // of a task that packs
 constexpr int64_t kLeastRows = 128;  // of a range: each packs its panel anew
 
-template <typename T, int kPieces>
+template <typename T, typename Out>
 class Linear {
  public:
   explicit Linear(const LinearArgs& args) : args_(args) {
@@ -30,7 +30,7 @@ class Linear {
     chunk_ = max(kSharedBytes / bytes * kStep / kBlockRows, 1) * kBlockRows;
     chunk_ = min(chunk_, round_up(args.rows, kStep));
     ranges_ = max(min(ceil_div(threads, panels_ * args.out.count), chunk_ / kLeastRows), 1);
-    direct_ = sizeof(T) == sizeof(float) && args.rows % kStep == 0 && part_columns() % kStep == 0;
+    direct_ = sizeof(Out) == sizeof(float) && args.rows % kStep == 0 && part_columns() % kStep == 0;
   }
 
   // Returns whether all could be packed; if not, the output is void.
@@ -56,7 +56,7 @@ class Linear {
   }
 
  private:
-  using Engine = TileEngine<kPieces>;
+  using Engine = TileEngine<kPiecesOf<T>>;
   using Operand = typename Engine::Operand;
   using Result = ProductResult<Engine::kColumns>;
   static constexpr int64_t kDepth = 3072 / Engine::kBytes;  // what fills kPanelColumns to 768 KiB
@@ -111,7 +111,7 @@ class Linear {
     const auto bytes = static_cast<size_t>(measure(carve));
     Carver carver(scratch(Scratch::kThread, bytes));
     carve(carver);
-    T* const out = static_cast<T*>(args_.out.data[part]) + column;
+    Out* const out = static_cast<Out*>(args_.out.data[part]) + column;
     const int64_t out_stride = args_.out.row_stride[part];
     for (int64_t k = 0; k < args_.depth; k += kDepth) {
       const int64_t depth = min(kDepth, args_.depth - k);
@@ -119,9 +119,9 @@ class Linear {
       pack_right(packed, part * part_columns() + column, columns, k, depth);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t rows = min(kBlockRows, end - row);
-        T* const to = out + (first + row) * out_stride;
+        Out* const to = out + (first + row) * out_stride;
         Result result = deep ? sums.at(row - begin, 0) : sums;
-        if constexpr (sizeof(T) == sizeof(float)) {
+        if constexpr (sizeof(Out) == sizeof(float)) {
           if (direct_) result = {to, out_stride, kStep};
         }
         Engine::product(rows, columns, depth, left.at(row, k), packed, result, k == 0);
@@ -131,7 +131,7 @@ class Linear {
   }
 
   // Adds the bias to sums and writes them to where they are not.
-  void finish(const Result& sums, int64_t rows, int64_t columns, int64_t column, T* to, int64_t stride) const {
+  void finish(const Result& sums, int64_t rows, int64_t columns, int64_t column, Out* to, int64_t stride) const {
     const T* bias = static_cast<const T*>(args_.bias);
     if (direct_ && bias == nullptr) return;
     for (int64_t j = 0; j < columns; j += kStep) {
@@ -143,7 +143,7 @@ class Linear {
       }
       for (int64_t i = 0; i < rows; ++i) {
         const float* from = sums.at(i, j).data;
-        T* row = to + i * stride + j;
+        Out* row = to + i * stride + j;
         const FloatVec low = load(from) + plus[0], high = load(from + 16) + plus[1];
         if (count == kStep) {
           store(row, low);
@@ -170,7 +170,8 @@ bool linear(const LinearArgs& args) {
   bool packed = false;
   visit(args.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    if constexpr (sizeof(T) <= sizeof(float)) packed = Linear<T, kPiecesOf<T>>(args).run();
+    if constexpr (sizeof(T) <= sizeof(float))
+      packed = args.wide ? Linear<T, float>(args).run() : Linear<T, T>(args).run();
   });
   return packed;
 }

@@ -6,13 +6,14 @@ holds [tokens, ff_dim] or [tokens, vocab_size].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.extension import kernels
+from fastattn.backends.products import blocks, wide_product
 from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
 from fastattn.reference.linear_cross_entropy import reduce
 from fastattn.spec.attention import lse_dtype
@@ -24,10 +25,7 @@ _HIDDEN_BLOCK = 1 << 22
 
 # Classes and elements of a block of logits.
 _VOCAB_BLOCK = 4096
-_LOGITS_BLOCK = 1 << 20
-
-# Most terms of a sum that one product takes: PyTorch shares a longer one out among the threads (seen on 1 to 8).
-_INNER_BLOCK = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 256, torch.float16: 256}
+_LOGITS_BLOCK = 1 << 22
 
 # From the gradient of the activation and what was activated to the latter's gradient.
 _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -43,7 +41,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     x = call.input.reshape(call.num_tokens, -1)
     parts = [
         F.linear(_hidden(call, x[rows], rows)[0], call.weight_out, call.bias_out)
-        for rows in _blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim)
+        for rows in blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim)
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(*call.input.shape[:-1], out.shape[1])
@@ -56,31 +54,31 @@ def feed_forward_backward(call: FeedForwardCall, dout: Tensor, needed: Sequence[
     dx = torch.empty_like(x) if need_x else None
     dweight_in, dweight_gate, dweight_out = _Sum(), _Sum(), _Sum()
     dbias_in, dbias_gate, dbias_out = _Sum(), _Sum(), _Sum()
-    for rows in _blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim):
+    for rows in blocks(call.num_tokens, _HIDDEN_BLOCK // call.ff_dim):
         hidden, before, gate, keep = _hidden(call, x[rows], rows)
-        dhidden = _product(dout[rows], call.weight_out)
+        dhidden = wide_product(dout[rows], call.weight_out)
         if keep is not None:
             dhidden = (dhidden / (1.0 - call.dropout_p)).where(keep, 0.0)
         if need_out:
-            dweight_out.add(_product(dout[rows].t(), hidden))
+            dweight_out.add(wide_product(dout[rows], hidden, left_transposed=True))
         if need_bias_out:
             dbias_out.add(dout[rows].sum(0, dtype=lse_dtype(dout.dtype)))
         dbefore = _ACTIVATION_BACKWARD[call.activation](dhidden if gate is None else dhidden * gate, before)
         if need_in:
-            dweight_in.add(_product(dbefore.t(), x[rows]))
+            dweight_in.add(wide_product(dbefore, x[rows], left_transposed=True))
         if need_bias_in:
             dbias_in.add(dbefore.sum(0, dtype=lse_dtype(dout.dtype)))
         if dx is not None:
-            dx[rows] = _product(dbefore, call.weight_in)
+            dx[rows] = wide_product(dbefore, call.weight_in)
         if gate is not None:
             assert call.weight_gate is not None
             dgate = dhidden * ACTIVATION_FUNCTIONS[call.activation](before)
             if need_gate:
-                dweight_gate.add(_product(dgate.t(), x[rows]))
+                dweight_gate.add(wide_product(dgate, x[rows], left_transposed=True))
             if need_bias_gate:
                 dbias_gate.add(dgate.sum(0, dtype=lse_dtype(dout.dtype)))
             if dx is not None:
-                dx[rows] += _product(dgate, call.weight_gate)
+                dx[rows] += wide_product(dgate, call.weight_gate)
     sums = (dweight_in, dbias_in, dweight_gate, dbias_gate, dweight_out, dbias_out)
     return [None if dx is None else dx.view(call.input.shape), *(s.rounded(x.dtype) for s in sums)]
 
@@ -115,20 +113,20 @@ def linear_cross_entropy(call: LinearCrossEntropyCall, dtype: torch.dtype) -> tu
         dtype: of the products' inputs; float32 where half precision is faster widened.
     """
     tokens = _Counted(call, dtype)
-    lse = tokens.hidden.new_full(tokens.target.shape, float("-inf"), dtype=lse_dtype(dtype))
-    picked, total = torch.zeros_like(lse), torch.zeros_like(lse)
-    for classes in _blocks(call.vocab_size, _VOCAB_BLOCK):
+    rows_of = _Statistics(tokens.target, lse_dtype(dtype))
+    picked = torch.zeros_like(rows_of.largest)
+    for classes in blocks(call.vocab_size, _VOCAB_BLOCK):
         weight = call.weight[classes].to(dtype)
-        for rows in _blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
+        for rows in blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
             logits = tokens.logits(rows, weight, classes)
-            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
+            rows_of.add(rows, logits)
             at, here = tokens.position(rows, classes)
             picked[rows] += logits.gather(1, at[:, None])[:, 0].where(here, 0.0)
-            if call.label_smoothing > 0.0:
-                total[rows] += logits.sum(dim=1)
+    lse = rows_of.lse()
     loss = lse - picked
     if call.label_smoothing > 0.0:
-        loss = (1.0 - call.label_smoothing) * loss + call.label_smoothing * (lse - total / call.vocab_size)
+        mean = (rows_of.total / call.vocab_size).to(lse.dtype)
+        loss = (1.0 - call.label_smoothing) * loss + call.label_smoothing * (lse - mean)
     return reduce(tokens.spread(loss), call), tokens.spread(lse)
 
 
@@ -145,23 +143,26 @@ def linear_cross_entropy_backward(
     dhidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=lse.dtype) if need_hidden else None
     dweight = call.weight.new_empty(call.weight.shape) if need_weight else None
     dbias = call.weight.new_empty(call.vocab_size) if need_bias else None
-    for classes in _blocks(call.vocab_size, _VOCAB_BLOCK):
+    for classes in blocks(call.vocab_size, _VOCAB_BLOCK):
         weight = call.weight[classes].to(dtype)
         dweight_here, dbias_here = _Sum(), _Sum()
-        for rows in _blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
-            dlogits = tokens.logits(rows, weight, classes).sub_(lse[rows, None]).exp_()
+        for rows in blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
+            logits = tokens.logits(rows, weight, classes)
             at, here = tokens.position(rows, classes)
-            dlogits.scatter_add_(1, at[:, None], (here.to(dlogits.dtype) * (call.label_smoothing - 1.0))[:, None])
-            if call.label_smoothing > 0.0:
-                dlogits -= call.label_smoothing / call.vocab_size
-            dlogits *= scale[rows, None]
+            # One at a time is computed as all are, then mended: the target's.
+            less = call.label_smoothing / call.vocab_size
+            picked = logits.gather(1, at[:, None])[:, 0].sub_(lse[rows]).exp_()
+            picked = (picked - less + (call.label_smoothing - 1.0) * here).mul_(scale[rows])
+            # In float32 only where the bias' gradient is to come from unrounded ones.
+            dlogits = _dlogits(logits, lse[rows], scale[rows], less, dtype if dbias is None else logits.dtype)
+            dlogits.scatter_(1, at[:, None], picked.to(dlogits.dtype)[:, None])
             if dbias is not None:
                 dbias_here.add(dlogits.sum(0))
             dlogits = dlogits.to(dtype)
             if dhidden is not None:
-                dhidden[rows] += _product(dlogits, weight)
+                dhidden[rows] += wide_product(dlogits, weight)
             if dweight is not None:
-                dweight_here.add(_product(dlogits.t(), tokens.hidden[rows]))
+                dweight_here.add(wide_product(dlogits, tokens.hidden[rows], left_transposed=True))
         if dweight is not None:
             dweight[classes] = dweight_here.value_or_zero
         if dbias is not None:
@@ -196,7 +197,7 @@ class _Counted:
 
     def logits(self, rows: slice, weight: Tensor, classes: slice) -> Tensor:
         """Returns a block of logits in the accumulator's dtype."""
-        logits = _product(self.hidden[rows], weight.t())
+        logits = wide_product(self.hidden[rows], weight, right_transposed=True)
         return logits if self.call.bias is None else logits.add_(self.call.bias[classes])
 
     def position(self, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
@@ -204,6 +205,38 @@ class _Counted:
         at = self.target[rows] - classes.start
         here = (at >= 0) & (at < classes.stop - classes.start)
         return at.where(here, 0), here
+
+
+class _Statistics:
+    """What is known of each row of logits: the largest, the sum of exponentials below it, and the sum."""
+
+    def __init__(self, target: Tensor, dtype: torch.dtype) -> None:
+        self.largest = torch.full(target.shape, float("-inf"), dtype=dtype)
+        self.sum, self.total = (torch.zeros(target.shape, dtype=torch.float64) for _ in range(2))
+
+    def add(self, rows: slice, logits: Tensor) -> None:
+        """Adds a block of classes, [rows, classes]."""
+        largest, sums, total = self.largest[rows], self.sum[rows], self.total[rows]
+        if logits.dtype == torch.float32:
+            kernels().logits_statistics(logits, largest, sums, total)
+            return
+        before = largest.clone()
+        largest.copy_(torch.maximum(before, logits.amax(dim=1)))
+        shift = largest.where(largest > float("-inf"), 0.0)
+        sums.mul_((before - shift).exp()).add_((logits - shift[:, None]).exp().sum(dim=1))
+        total.add_(logits.sum(dim=1))
+
+    def lse(self) -> Tensor:
+        return (self.largest.double() + self.sum.log()).to(self.largest.dtype)
+
+
+def _dlogits(logits: Tensor, lse: Tensor, scale: Tensor, less: float, dtype: torch.dtype) -> Tensor:
+    """Returns ``(exp(logits - lse) - less) * scale`` in ``dtype``, where the logits stand if that is theirs."""
+    if logits.dtype != torch.float32:
+        return logits.sub_(lse[:, None]).exp_().sub_(less).mul_(scale[:, None])
+    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    kernels().logits_gradient(logits, lse.contiguous(), scale.contiguous(), less, out)
+    return out
 
 
 class _Sum:
@@ -224,21 +257,3 @@ class _Sum:
 
     def rounded(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.value is None else self.value.to(dtype)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns ``a @ b`` in the accumulator's dtype, with the same bits at any thread count."""
-    first, *rest = _blocks(a.shape[1], _INNER_BLOCK[a.dtype])
-    out = (a[:, first] @ b[first]).to(lse_dtype(a.dtype))
-    for inner in rest:
-        if out.dtype == a.dtype:
-            out.addmm_(a[:, inner], b[inner])
-        else:
-            out += a[:, inner] @ b[inner]
-    return out
-
-
-def _blocks(size: int, step: int) -> Iterator[slice]:
-    """Cuts ``range(size)`` into slices of at least one and at most ``step``."""
-    step = max(step, 1)
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastattn.backends.extension import kernels
+from fastattn.spec.attention import lse_dtype
 
 # Fewest rows of a product for which packing what is multiplied pays.
 _LEAST_ROWS = {torch.float32: 128, torch.float16: 128}
 # Fewest columns and depth: a tile is 16 columns wide and 32 deep.
 _LEAST_SIZE = 64
+# The same where PyTorch would need several products for the same bits at any thread count.
+_LEAST_WIDE_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
+# Most terms of a sum that one product of PyTorch's takes: it shares a longer one out among the threads (seen on 1 to
+# 8).
+_INNER_BLOCK = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 256, torch.float16: 256}
 
 
 def multiplies_on_tiles(isa: str, dtype: torch.dtype, rows: int, columns: int, depth: int) -> bool:
@@ -66,6 +72,39 @@ def product(
     whole = a @ b if bias is None else torch.addmm(bias, a, b)
     for part, values in zip(out, whole.split(out[0].shape[1], dim=1), strict=True):
         part.copy_(values)
+
+
+def wide_product(
+    left: Tensor, right: Tensor, *, left_transposed: bool = False, right_transposed: bool = False
+) -> Tensor:
+    """Returns ``left @ right`` in the accumulator's dtype, with the same bits at any thread count.
+
+    Args:
+        left: [rows, depth]; with ``left_transposed`` [depth, rows].
+        right: [depth, columns]; with ``right_transposed`` [columns, depth].
+        left_transposed: whether ``left`` is given transposed.
+        right_transposed: whether ``right`` is given transposed.
+    """
+    a, b = left.t() if left_transposed else left, right.t() if right_transposed else right
+    wide = lse_dtype(left.dtype)
+    if kernels().isa() == "amx" and left.dtype in _LEAST_WIDE_ROWS and len(a) >= _LEAST_WIDE_ROWS[left.dtype]:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide)
+        if kernels().linear([_rows(left)], left_transposed, _rows(right), right_transposed, None, [out]):
+            return out
+    first, *rest = blocks(a.shape[1], _INNER_BLOCK[a.dtype])
+    out = (a[:, first] @ b[first]).to(wide)
+    for inner in rest:
+        if out.dtype == a.dtype:
+            out.addmm_(a[:, inner], b[inner])
+        else:
+            out += a[:, inner] @ b[inner]
+    return out
+
+
+def blocks(size: int, step: int) -> Iterator[slice]:
+    """Cuts ``range(size)`` into slices of at least one and at most ``step``."""
+    step = max(step, 1)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _rows(matrix: Tensor) -> Tensor:
