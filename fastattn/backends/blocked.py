@@ -152,7 +152,7 @@ def linear_cross_entropy_backward(
             # One at a time is computed as all are, then mended: the target's.
             less = call.label_smoothing / call.vocab_size
             picked = logits.gather(1, at[:, None])[:, 0].sub_(lse[rows]).exp_()
-            picked = (picked - less + (call.label_smoothing - 1.0) * here).mul_(scale[rows])
+            picked.sub_(less).add_(here.to(picked.dtype), alpha=call.label_smoothing - 1.0).mul_(scale[rows])
             # In float32 only where the bias' gradient is to come from unrounded ones.
             dlogits = _dlogits(logits, lse[rows], scale[rows], less, dtype if dbias is None else logits.dtype)
             dlogits.scatter_(1, at[:, None], picked.to(dlogits.dtype)[:, None])
