@@ -6,6 +6,7 @@
 // group.
 #include "activation.h"
 #include "feed_forward.h"
+#include "feed_forward_bfloat16_forward.h"
 #include "feed_forward_groups.h"
 #include "feed_forward_tiles.h"
 
@@ -148,6 +149,9 @@ void feed_forward(const FeedForwardArgs& args) {
   bool packed = true;
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (ForwardBFloat16::takes(args.problem)) return ForwardBFloat16(args).run();
+    }
     if constexpr (sizeof(T) <= sizeof(float)) packed = ForwardAmx<T, kPiecesOf<T>>(args).run();
   });
   if (!packed) avx512::feed_forward(args);

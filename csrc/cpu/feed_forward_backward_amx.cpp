@@ -1,4 +1,5 @@
 // The feed-forward's backward on AMX: feed_forward_gradients.h over the products of feed_forward_tiles.h.
+#include "feed_forward_bfloat16_backward.h"
 #include "feed_forward_gradients.h"
 #include "feed_forward_tiles.h"
 
@@ -15,7 +16,11 @@ void feed_forward_backward(const FeedForwardBackwardArgs& args) {
   bool packed = true;
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    if constexpr (sizeof(T) <= sizeof(float)) packed = FeedForwardGradients<T, TileEngine<kPiecesOf<T>>>(args).run();
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      BackwardBFloat16(args).run();
+    } else if constexpr (sizeof(T) <= sizeof(float)) {
+      packed = FeedForwardGradients<T, TileEngine<kPiecesOf<T>>>(args).run();
+    }
   });
   if (!packed) avx512::feed_forward_backward(args);
 }

@@ -52,6 +52,39 @@ class DoubleSum {
   DoubleVec low_ = DoubleVec::zero(), high_ = DoubleVec::zero();
 };
 
+// to[first + i] = from[i], rounded once.
+template <typename T>
+inline void write_sums(void* to, int64_t first, int64_t count, const double* from) {
+  for_each_vec<float>(count, [&](int64_t i, auto n) {
+    float sums[FloatVec::kWidth];
+    for (int k = 0; k < FloatVec::kWidth; ++k) sums[k] = static_cast<float>(from[i + k]);
+    store_n(static_cast<T*>(to) + first + i, load(sums), n);
+  });
+}
+
+// The gradient of bias_out: the sum of dout over all tokens.
+template <typename T>
+inline void sum_dout(const FeedForwardBackwardArgs& args) {
+  constexpr int64_t kWide = 64;
+  const int64_t tokens = args.problem.tokens, columns = args.problem.out_dim;
+  const double work = static_cast<double>(tokens) * static_cast<double>(columns);
+  parallel_for(ceil_div(columns, kWide), work, [&](int64_t task) {
+    const int64_t column = task * kWide;
+    for_each_vec<float>(min(kWide, columns - column), [&](int64_t i, auto n) {
+      const T* from = static_cast<const T*>(args.dout.data) + column + i;
+      DoubleSum sum;
+      for (int64_t t = 0; t < tokens; ++t) {
+        float row[FloatVec::kWidth];
+        store(row, load_as_n<float>(from + t * args.dout.row_stride, n));
+        sum.add(row);
+      }
+      double sums[FloatVec::kWidth];
+      sum.store_to(sums);
+      write_sums<T>(args.dbias_out, column + i, n, sums);
+    });
+  });
+}
+
 template <typename T, typename Engine>
 class FeedForwardGradients {
  public:
@@ -70,7 +103,7 @@ class FeedForwardGradients {
 
   // Returns whether the Engine could pack all there was to multiply; if not, the gradients are void.
   bool run() {
-    if (args_.dbias_out != nullptr) sum_dout();
+    if (args_.dbias_out != nullptr) sum_dout<T>(args_);
     if (!wants_dhidden_ && args_.dweight_out.data == nullptr) return true;
     const auto bytes = [&](int64_t subblocks) { return measure([&](Carver& carver) { carve(carver, subblocks); }); };
     const UnitGroups groups = unit_groups<Engine>(p_.ff_dim, p_.tokens, max_threads(), bytes);
@@ -290,16 +323,8 @@ class FeedForwardGradients {
         round(to, task.dweight_out.at(o, 0), units);
       }
     }
-    if (args_.dbias_in != nullptr) write_sums(args_.dbias_in, first, units, task.dbias_in);
-    if (args_.dbias_gate != nullptr) write_sums(args_.dbias_gate, first, units, task.dbias_gate);
-  }
-
-  static void write_sums(void* to, int64_t first, int64_t count, const double* from) {
-    for_each_vec<float>(count, [&](int64_t i, auto n) {
-      float sums[FloatVec::kWidth];
-      for (int k = 0; k < FloatVec::kWidth; ++k) sums[k] = static_cast<float>(from[i + k]);
-      store_n(static_cast<T*>(to) + first + i, load(sums), n);
-    });
+    if (args_.dbias_in != nullptr) write_sums<T>(args_.dbias_in, first, units, task.dbias_in);
+    if (args_.dbias_gate != nullptr) write_sums<T>(args_.dbias_gate, first, units, task.dbias_gate);
   }
 
   // Rounds the first row of a result, once, to its dtype.
@@ -321,25 +346,6 @@ class FeedForwardGradients {
         for (int k = 0; k < min(W, units - i); ++k) store_n(row + k * to.row_stride, square[k], n);
       }
     }
-  }
-
-  void sum_dout() const {
-    constexpr int64_t kWide = 64;
-    const double work = static_cast<double>(p_.tokens) * static_cast<double>(p_.out_dim);
-    parallel_for(ceil_div(p_.out_dim, kWide), work, [&](int64_t task) {
-      const int64_t column = task * kWide;
-      for_each_vec<float>(min(kWide, p_.out_dim - column), [&](int64_t i, auto n) {
-        DoubleSum sum;
-        for (int64_t t = 0; t < p_.tokens; ++t) {
-          float row[FloatVec::kWidth];
-          store(row, load_as_n<float>(at(args_.dout, t, column + i), n));
-          sum.add(row);
-        }
-        double sums[FloatVec::kWidth];
-        sum.store_to(sums);
-        write_sums(args_.dbias_out, column + i, n, sums);
-      });
-    });
   }
 
   const FeedForwardBackwardArgs& args_;
