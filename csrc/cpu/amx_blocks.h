@@ -19,6 +19,7 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int64_t kBlockStep = 2 * kTileBytes;     // bytes of a step of a block
 constexpr int64_t kSquare = kStep * kStep;         // sums of a square
 constexpr int kSlices = 16;                        // what finish() takes of a square at once: two rows
+constexpr int64_t kLag = 4;                        // steps before a square is worked on
 constexpr int64_t kChunkSteps = 16;                // of a right panel: 32 KiB
 constexpr int64_t kBlockCache = int64_t{5} << 18;  // bytes of a left operand that stay in the second-level cache
 
@@ -60,7 +61,7 @@ inline void multiply_blocks(const Factors* factors, int count, int64_t blocks, i
         const char* const right = f.right + panel * f.right_panel + begin * kBlockStep;
         const bool last = k == count - 1 && chunk == chunks - 1;
         const int64_t share = panel + 1 < panels ? ceil_div(kBlockStep / 64, blocks) : 0;
-        const int per_step = static_cast<int>(ceil_div(kSlices, steps));
+        const int per_step = static_cast<int>(ceil_div(kSlices, max(steps - kLag, 1)));
         for (int64_t block = 0; block < blocks; ++block) {
           const char *a = f.left + block * f.left_block + begin * kBlockStep, *b = right;
           // The next panel comes from afar, each block fetching its share.
@@ -96,6 +97,8 @@ inline void multiply_blocks(const Factors* factors, int count, int64_t blocks, i
             ++step;
           };
           if (waiting) {
+            // The square is stored only when its last product is done, and no load is served before that.
+            while (step < min(kLag, steps)) advance();
             // A slice goes between two steps: tiles and vectors have units of their own.
             for (int slice = 0; slice < kSlices;) {
               finish(done.panel, done.block, done.square, slice++);

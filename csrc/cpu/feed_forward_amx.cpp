@@ -6,6 +6,7 @@
 // group.
 #include "activation.h"
 #include "feed_forward.h"
+#include "feed_forward_bfloat16_few_tokens.h"
 #include "feed_forward_bfloat16_forward.h"
 #include "feed_forward_groups.h"
 #include "feed_forward_tiles.h"
@@ -150,6 +151,7 @@ void feed_forward(const FeedForwardArgs& args) {
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     if constexpr (std::is_same_v<T, BFloat16>) {
+      if (FewTokensBFloat16::takes(args.problem)) return FewTokensBFloat16(args).run();
       if (ForwardBFloat16::takes(args.problem)) return ForwardBFloat16(args).run();
     }
     if constexpr (sizeof(T) <= sizeof(float)) packed = ForwardAmx<T, kPiecesOf<T>>(args).run();

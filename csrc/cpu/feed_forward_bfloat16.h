@@ -106,27 +106,27 @@ struct PackJob {
   Packed to;
   int64_t first_step = 0;  // of `to`, where the depth begins
 
-  // Pieces for threads to share: rows, or columns, of the operand by 64.
+  // Pieces for threads to share: whole rows, so that all is read from first to last.
   static constexpr int64_t kPiece = 64;
-  bool along_rows() const { return kind == kLeft || kind == kRightTransposed; }
-  int64_t pieces() const { return ceil_div(along_rows() ? rows : columns, kPiece); }
+  int64_t pieces() const { return ceil_div(rows, kPiece); }
   void run(int64_t piece) const {
     using Engine = TileEngine<1>;
-    const int64_t begin = piece * kPiece, n = min(kPiece, (along_rows() ? rows : columns) - begin);
-    const TileEngine<1>::Operand operand{to.at(begin / kStep) + first_step * kBlockStep, to.block};
-    const BFloat16* source = from + begin * (along_rows() ? stride : 1);
+    const int64_t begin = piece * kPiece, n = min(kPiece, rows - begin);
+    const BFloat16* source = from + begin * stride;
+    const Engine::Operand across = {to.data + (first_step + begin / kStep) * kBlockStep, to.block};
+    const Engine::Operand along = {to.at(begin / kStep) + first_step * kBlockStep, to.block};
     switch (kind) {
       case kLeft:
-        Engine::pack_left(operand, source, stride, n, columns);
+        Engine::pack_left(along, source, stride, n, columns);
         break;
       case kRightTransposed:
-        Engine::pack_right_transposed(operand, source, stride, columns, n);
+        Engine::pack_right_transposed(along, source, stride, columns, n);
         break;
       case kLeftTransposed:
-        Engine::pack_left_transposed(operand, source, stride, n, rows);
+        Engine::pack_left_transposed(across, source, stride, columns, n);
         break;
       case kRight:
-        Engine::pack_right(operand, source, stride, rows, n);
+        Engine::pack_right(across, source, stride, n, columns);
         break;
     }
   }
@@ -148,6 +148,28 @@ inline void pack_all(std::initializer_list<PackJob> jobs) {
     }
   });
 }
+
+// Where results wait to be copied to where they belong: lines that come from afar, one by one in the middle of
+// products, would hold the buffers that the products' loads want.
+struct Staged {
+  BFloat16* data;
+  int64_t row;  // elements, a multiple of kStep
+  static Staged take(Carver& carver, int64_t rows, int64_t columns) {
+    return {carver.take<BFloat16>(round_up(rows, kStep) * round_up(columns, kStep)), round_up(columns, kStep)};
+  }
+  // A row of a square, rounded.
+  void keep(int64_t r, int64_t column, FloatVec low, FloatVec high) const {
+    _mm512_store_si512(data + r * row + column, row_of_bfloat16(low, high));
+  }
+  void copy_to(const Matrix& to, int64_t first, int64_t column, int64_t rows, int64_t columns) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      BFloat16* at = static_cast<BFloat16*>(to.data) + (first + r) * to.row_stride + column;
+      for (int64_t i = 0; i < columns; i += kStep) {
+        _mm512_mask_storeu_epi16(at + i, first_lanes32(columns - i), _mm512_load_si512(data + r * row + i));
+      }
+    }
+  }
+};
 
 // Items [0, count) shared out evenly to `parts`.
 struct Parts {

@@ -3,13 +3,14 @@
 // Threads meet between three stages, each a grid of independent tasks: packing; H, dB and dG of all tokens, packed as
 // they are made, both ways that the products after them want; then dx and the weights' gradients. So no sum is shared,
 // and each has one order whatever the threads. Memory: the stages take a group of hidden units and a stretch of tokens
-// at a time, such that what lies between them is bounded; where there are several groups, dx is summed in float32, and
-// where there are several stretches, the weights' gradients of a group are.
+// at a time, such that what lies between them is bounded. Where dB is too large to be kept whole, dx is summed in
+// float32 over the groups; where there are several stretches, the weights' gradients of a group are.
 #pragma once
 
 #include "feed_forward_backward.h"
 #include "feed_forward_bfloat16.h"
 #include "feed_forward_gradients.h"
+#include "stream.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -29,14 +30,15 @@ class BackwardBFloat16 {
     const Parts stretches = share_out(steps_of(p_.tokens), kStretch / kStep, 1);
     stretch_ = ceil_div(stretches.count, stretches.parts) * kStep;
     sums_weights_ = stretches.parts > 1;
+    whole_ = !sums_weights_ && stretch_ * p_.ff_dim * (gated_ ? 4 : 2) <= kJoinedBytes;
     const auto bytes = [&](int64_t pairs) {
       group_ = pairs * kPair;
-      sums_dx_ = group_ < p_.ff_dim;
+      sums_dx_ = !whole_ && group_ < p_.ff_dim;
       return measure([&](Carver& carver) { carve(carver); });
     };
     // Groups in pairs of panels: a word of dropout bits is of 64 units.
     const int64_t pairs = ceil_div(p_.ff_dim, kPair), one = bytes(1), more = bytes(2) - one;
-    const Parts groups = share_out(pairs, (kGroupBytes - one) / more + 1, 1);
+    const Parts groups = share_out(pairs, kGroupBytes / more, 1);
     Carver shared(scratch(Scratch::kShared, static_cast<size_t>(bytes(ceil_div(pairs, groups.parts)))));
     carve(shared);
     for (int64_t group = 0; group < groups.parts; ++group) {
@@ -58,23 +60,29 @@ class BackwardBFloat16 {
   }
 
  private:
-  static constexpr int64_t kPair = 2 * kStep;                // hidden units
-  static constexpr int64_t kStretch = 2048;                  // most tokens at a time
-  static constexpr int64_t kGroupBytes = int64_t{24} << 20;  // of what lies between the stages, about
+  static constexpr int64_t kPair = 2 * kStep;                 // hidden units
+  static constexpr int64_t kStretch = 2048;                   // most tokens at a time
+  static constexpr int64_t kGroupBytes = int64_t{20} << 20;   // of what a group of hidden units leaves between stages
+  static constexpr int64_t kJoinedBytes = int64_t{24} << 20;  // of dB and dG of all hidden units
 
-  int64_t joined_steps() const { return steps_of(units_) * (gated_ ? 2 : 1); }
+  // Hidden units of dx's depth, their first step in it and that of their gates.
+  int64_t joined_units(int64_t group) const { return whole_ ? p_.ff_dim : group; }
+  int64_t joined_steps() const { return steps_of(joined_units(units_)) * (gated_ ? 2 : 1); }
+  int64_t joined_step() const { return whole_ ? first_ / kStep : 0; }
+  int64_t joined_gate_step() const { return steps_of(joined_units(units_)) + joined_step(); }
 
   void carve(Carver& carver) {
     in_t_ = take_packed(carver, group_, p_.model_dim);
     out_ = take_packed(carver, group_, p_.out_dim);
-    in_ = take_packed(carver, p_.model_dim, group_ * (gated_ ? 2 : 1));
+    const int64_t joined = round_up(joined_units(group_), kStep) * (gated_ ? 2 : 1);
+    in_ = take_packed(carver, p_.model_dim, joined);
     x_ = take_packed(carver, stretch_, p_.model_dim);
     dout_ = take_packed(carver, stretch_, p_.out_dim);
     x_t_ = take_packed(carver, p_.model_dim, stretch_);
     dout_t_ = take_packed(carver, p_.out_dim, stretch_);
     hidden_ = take_packed(carver, group_, stretch_);
     dbefore_ = take_packed(carver, group_, stretch_);
-    joined_ = take_packed(carver, stretch_, group_ * (gated_ ? 2 : 1));
+    joined_ = take_packed(carver, stretch_, joined);
     bias_in_ = carver.take<float>(group_);
     bias_gate_ = carver.take<float>(group_);
     dbias_in_ = carver.take<float>(steps_of(stretch_) * group_);
@@ -118,9 +126,9 @@ class BackwardBFloat16 {
         job(PackJob::kRightTransposed, weights, p_.weight_in, first_, 0, units_, p_.model_dim, in_t_),
         job(PackJob::kRightTransposed, weights, p_.weight_gate, first_, 0, units_, p_.model_dim, gate_t_),
         job(PackJob::kRight, weights && wants_dhidden_, p_.weight_out, 0, first_, p_.out_dim, units_, out_),
-        job(PackJob::kRight, weights && wants_dx_, p_.weight_in, first_, 0, units_, p_.model_dim, in_),
+        job(PackJob::kRight, weights && wants_dx_, p_.weight_in, first_, 0, units_, p_.model_dim, in_, joined_step()),
         job(PackJob::kRight, weights && wants_dx_, p_.weight_gate, first_, 0, units_, p_.model_dim, in_,
-            steps_of(units_)),
+            joined_gate_step()),
         job(PackJob::kLeft, inputs, p_.input, token_, 0, tokens_, p_.model_dim, x_),
         job(PackJob::kLeft, inputs && wants_dhidden_, args_.dout, token_, 0, tokens_, p_.out_dim, dout_),
         job(PackJob::kLeftTransposed, inputs && wants_x_t, p_.input, token_, 0, tokens_, p_.model_dim, x_t_),
@@ -190,6 +198,7 @@ class BackwardBFloat16 {
       const auto run = [&](auto activation, auto gated, auto drops) {
         using Finish = Slopes<decltype(activation)::kValue, decltype(gated)::value, decltype(drops)::value>;
         multiply_blocks(factors, count, task.blocks, task.panels, Finish{*this, task, gate, dhidden, keep});
+        stream_end();
       };
       visit_activation(p_.activation, [&](auto activation) {
         const auto choose = [&](auto gated) {
@@ -248,28 +257,29 @@ class BackwardBFloat16 {
       if (of.args_.dweight_out.data != nullptr) keep_right(of.hidden_, panel, block, slice, h);
       if (of.wants_dhidden_) {
         if (of.args_.dweight_in.data != nullptr) keep_right(of.dbefore_, panel, block, slice, db);
-        if (of.wants_dx_) keep_left(of.joined_, block, panel, slice, db);
+        if (of.wants_dx_) keep_left(of.joined_, block, of.joined_step() + panel, slice, db);
         if (of.args_.dbias_in != nullptr) add_rows(of.dbias_in_ + block * of.group_ + column, slice, db);
       }
       if constexpr (kGated) {
         if (of.wants_dhidden_) {
           if (of.args_.dweight_gate.data != nullptr) keep_right(of.dgate_, panel, block, slice, dg);
-          if (of.wants_dx_) keep_left(of.joined_, block, steps_of(of.units_) + panel, slice, dg);
+          if (of.wants_dx_) keep_left(of.joined_, block, of.joined_gate_step() + panel, slice, dg);
           if (of.args_.dbias_gate != nullptr) add_rows(of.dbias_gate_ + block * of.group_ + column, slice, dg);
         }
       }
     }
 
-    // Tokens are the depth of a right operand, and the rows of a left one.
+    // Tokens are the depth of a right operand, and the rows of a left one. Both go past the caches, whole lines at a
+    // time: too much to stay there, and a line read first only to be overwritten costs more.
     static void keep_right(const Packed& to, int64_t panel, int64_t step, int slice, const FloatVec (&x)[2][2]) {
       char* line = to.at(panel) + step * kBlockStep + slice * 64;
-      _mm512_store_si512(line, pairs_of_bfloat16(x[0][0], x[1][0]));
-      _mm512_store_si512(line + kTileBytes, pairs_of_bfloat16(x[0][1], x[1][1]));
+      _mm512_stream_si512((__m512i*)line, pairs_of_bfloat16(x[0][0], x[1][0]));
+      _mm512_stream_si512((__m512i*)(line + kTileBytes), pairs_of_bfloat16(x[0][1], x[1][1]));
     }
     static void keep_left(const Packed& to, int64_t block, int64_t step, int slice, const FloatVec (&x)[2][2]) {
       char* row = to.at(block) + step * kBlockStep + slice * 128;
-      _mm512_store_si512(row, row_of_bfloat16(x[0][0], x[0][1]));
-      _mm512_store_si512(row + 64, row_of_bfloat16(x[1][0], x[1][1]));
+      _mm512_stream_si512((__m512i*)row, row_of_bfloat16(x[0][0], x[0][1]));
+      _mm512_stream_si512((__m512i*)(row + 64), row_of_bfloat16(x[1][0], x[1][1]));
     }
     static void add_rows(float* to, int slice, const FloatVec (&x)[2][2]) {
 #pragma GCC unroll 2
@@ -293,10 +303,11 @@ class BackwardBFloat16 {
     const auto wanted = [&](bool wants, int64_t rows, int64_t columns, int64_t bytes) {
       return wants ? grid(rows, columns, bytes) : Grid{};
     };
-    const Grid grids[] = {wanted(wants_dx_, tokens_, p_.model_dim, joined_steps() * kBlockStep),
-                          wanted(args_.dweight_out.data != nullptr, p_.out_dim, units_, stretch_bytes),
-                          wanted(args_.dweight_in.data != nullptr, p_.model_dim, units_, stretch_bytes),
-                          wanted(args_.dweight_gate.data != nullptr, p_.model_dim, units_, stretch_bytes)};
+    const Grid grids[] = {
+        wanted(wants_dx_ && (last_group_ || !whole_), tokens_, p_.model_dim, joined_steps() * kBlockStep),
+        wanted(args_.dweight_out.data != nullptr, p_.out_dim, units_, stretch_bytes),
+        wanted(args_.dweight_in.data != nullptr, p_.model_dim, units_, stretch_bytes),
+        wanted(args_.dweight_gate.data != nullptr, p_.model_dim, units_, stretch_bytes)};
     int64_t tasks = 0;
     for (const Grid& grid : grids) tasks += grid.tasks();
     parallel_for(tasks, work(tokens_, units_, p_.model_dim + p_.out_dim), [&](int64_t index) {
@@ -304,91 +315,97 @@ class BackwardBFloat16 {
       for (; index >= grids[k].tasks(); ++k) index -= grids[k].tasks();
       const Grid::Task task = grids[k].task(index);
       float* sums = nullptr;
-      const auto carve = [&](Carver& carver) { sums = carver.take<float>(task.blocks * kSquare); };
+      Staged staged{};
+      const auto carve = [&](Carver& carver) {
+        sums = carver.take<float>(task.blocks * kSquare);
+        const int64_t rows = task.blocks * kStep, columns = task.panels * kStep;
+        staged = k < 2 ? Staged::take(carver, rows, columns) : Staged::take(carver, columns, rows);
+      };
       Carver carver(scratch(Scratch::kThread, static_cast<size_t>(measure(carve))));
       carve(carver);
       TileScope tiles;
       switch (k) {
         case 0:
-          return multiply_dx(task, sums);
+          return multiply_dx(task, sums, staged);
         case 1:
-          return multiply_weight_out(task, sums);
+          return multiply_weight_out(task, sums, staged);
         case 2:
-          return multiply_weight(task, x_t_, dbefore_, args_.dweight_in, dweight_in_sum_, sums);
+          return multiply_weight(task, x_t_, dbefore_, args_.dweight_in, dweight_in_sum_, sums, staged);
       }
-      multiply_weight(task, x_t_, dgate_, args_.dweight_gate, dweight_gate_sum_, sums);
+      multiply_weight(task, x_t_, dgate_, args_.dweight_gate, dweight_gate_sum_, sums, staged);
     });
   }
 
-  // Adds a slice of what earlier groups or stretches have left, and leaves the sum for later ones.
-  static void accumulate(float* square, float* sum, int64_t row, bool first, bool last, int slice) {
-    for (int line = 0; line < 2; ++line) {
-      for (int64_t i = 0; i < kStep; i += FloatVec::kWidth) {
-        float *from = square + (2 * slice + line) * kStep + i, *to = sum + (2 * slice + line) * row + i;
-        const FloatVec value = first ? load(from) : load(from) + load(to);
-        store(last ? from : to, value);
-      }
+  // Adds what earlier groups or stretches have left of a slice, and leaves the sum for later ones.
+  static void accumulate(float* square, float* sum, bool first, bool last, int slice) {
+    for (int64_t i = 2 * slice * kStep; i < (2 * slice + 2) * kStep; i += FloatVec::kWidth) {
+      const FloatVec value = first ? load(square + i) : load(square + i) + load(sum + i);
+      store((last ? square : sum) + i, value);
     }
   }
 
-  void multiply_dx(const Grid::Task& task, float* sums) const {
-    const Factors factors = {joined_.at(task.block), joined_.block, in_.at(task.panel), in_.block,
-                             joined_steps(),         sums};
-    const int64_t sum_row = round_up(p_.model_dim, kStep);
-    multiply_blocks(&factors, 1, task.blocks, task.panels, [&](int64_t panel, int64_t block, float* square, int slice) {
-      const int64_t column = (task.panel + panel) * kStep, token = token_ + (task.block + block) * kStep;
-      if (sums_dx_) {
-        float* sum = dx_sum_ + token * sum_row + column;
-        accumulate(square, sum, sum_row, first_group_, last_group_, slice);
-        if (!last_group_) return;
-      }
-      write_rows(args_.dinput, token, p_.tokens, column, p_.model_dim, square, slice);
-    });
+  static void keep_rows(const Staged& to, int64_t row, int64_t column, const float* square, int slice) {
+    for (int64_t r = 2 * slice; r < 2 * slice + 2; ++r) {
+      to.keep(row + r, column, load(square + r * kStep), load(square + r * kStep + 16));
+    }
   }
 
-  void multiply_weight_out(const Grid::Task& task, float* sums) const {
+  void multiply_dx(const Grid::Task& task, float* sums, const Staged& staged) const {
+    const Factors factors = {joined_.at(task.block), joined_.block, in_.at(task.panel), in_.block,
+                             joined_steps(),         sums};
+    const int64_t blocks = steps_of(p_.tokens), token = token_ + task.block * kStep, column = task.panel * kStep;
+    multiply_blocks(&factors, 1, task.blocks, task.panels, [=](int64_t panel, int64_t block, float* square, int slice) {
+      if (sums_dx_) {
+        float* sum = dx_sum_ + ((task.panel + panel) * blocks + token / kStep + block) * kSquare;
+        accumulate(square, sum, first_group_, last_group_, slice);
+        if (!last_group_) return;
+      }
+      keep_rows(staged, block * kStep, panel * kStep, square, slice);
+    });
+    if (!last_group_) return;
+    staged.copy_to(args_.dinput, token, column, min(task.blocks * kStep, token_ + tokens_ - token),
+                   min(task.panels * kStep, p_.model_dim - column));
+  }
+
+  void multiply_weight_out(const Grid::Task& task, float* sums, const Staged& staged) const {
     const Factors factors = {dout_t_.at(task.block), dout_t_.block,     hidden_.at(task.panel),
                              hidden_.block,          steps_of(tokens_), sums};
-    multiply_blocks(&factors, 1, task.blocks, task.panels, [&](int64_t panel, int64_t block, float* square, int slice) {
-      const int64_t column = (task.panel + panel) * kStep, row = (task.block + block) * kStep;
+    const int64_t blocks = steps_of(p_.out_dim), row = task.block * kStep, column = task.panel * kStep;
+    multiply_blocks(&factors, 1, task.blocks, task.panels, [=](int64_t panel, int64_t block, float* square, int slice) {
       if (sums_weights_) {
-        accumulate(square, dweight_out_sum_ + row * group_ + column, group_, first_stretch_, last_stretch_, slice);
+        float* sum = dweight_out_sum_ + ((task.panel + panel) * blocks + task.block + block) * kSquare;
+        accumulate(square, sum, first_stretch_, last_stretch_, slice);
         if (!last_stretch_) return;
       }
-      write_rows(args_.dweight_out, row, p_.out_dim, first_ + column, p_.ff_dim, square, slice);
+      keep_rows(staged, block * kStep, panel * kStep, square, slice);
     });
+    if (!last_stretch_) return;
+    staged.copy_to(args_.dweight_out, row, first_ + column, min(task.blocks * kStep, p_.out_dim - row),
+                   min(task.panels * kStep, units_ - column));
   }
 
   // dW^T = x^T d, written as dW.
   void multiply_weight(const Grid::Task& task, const Packed& x_t, const Packed& d, const Matrix& to, float* sum,
-                       float* sums) const {
+                       float* sums, const Staged& staged) const {
     const Factors factors = {x_t.at(task.block), x_t.block, d.at(task.panel), d.block, steps_of(tokens_), sums};
-    multiply_blocks(&factors, 1, task.blocks, task.panels, [&](int64_t panel, int64_t block, float* square, int slice) {
-      const int64_t unit = (task.panel + panel) * kStep, row = (task.block + block) * kStep;
+    const int64_t blocks = steps_of(p_.model_dim), column = task.block * kStep, unit = task.panel * kStep;
+    multiply_blocks(&factors, 1, task.blocks, task.panels, [=](int64_t panel, int64_t block, float* square, int slice) {
       if (sums_weights_) {
-        accumulate(square, sum + row * group_ + unit, group_, first_stretch_, last_stretch_, slice);
+        float* earlier = sum + ((task.panel + panel) * blocks + task.block + block) * kSquare;
+        accumulate(square, earlier, first_stretch_, last_stretch_, slice);
         if (!last_stretch_) return;
       }
       // Rows of the result are columns of the square, which are whole after the last slice.
       if (slice != kSlices - 1) return;
       for (int64_t half = 0; half < kStep; half += 16) {
-        const auto row_of = [&](int64_t i) {
-          const int64_t line = unit + half + i;
-          return line < units_ ? static_cast<BFloat16*>(to.data) + (first_ + line) * to.row_stride + row : nullptr;
-        };
-        write_transposed(row_of, min(kStep, p_.model_dim - row), square + half, kStep, FloatVec::set1(1.0f));
+        BFloat16* first = staged.data + (panel * kStep + half) * staged.row + block * kStep;
+        const auto row_of = [&](int64_t i) { return first + i * staged.row; };
+        write_transposed(row_of, kStep, square + half, kStep, FloatVec::set1(1.0f));
       }
     });
-  }
-
-  // Rounds two rows of a square to where they belong, of `rows` x `columns`.
-  static void write_rows(const Matrix& to, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                         const float* square, int slice) {
-    for (int64_t r = 2 * slice; r < min(2 * slice + 2, rows - row); ++r) {
-      const __m512i values = row_of_bfloat16(load(square + r * kStep), load(square + r * kStep + 16));
-      BFloat16* at = static_cast<BFloat16*>(to.data) + (row + r) * to.row_stride + column;
-      _mm512_mask_storeu_epi16(at, first_lanes32(columns - column), values);
-    }
+    if (!last_stretch_) return;
+    staged.copy_to(to, first_ + unit, column, min(task.panels * kStep, units_ - unit),
+                   min(task.blocks * kStep, p_.model_dim - column));
   }
 
   // Adds up what blocks of tokens have left, in their order.
@@ -410,6 +427,7 @@ class BackwardBFloat16 {
   const FeedForwardBackwardArgs& args_;
   const FeedForwardProblem& p_;
   bool gated_, wants_dx_, wants_dgate_, wants_dbefore_, wants_dhidden_;
+  bool whole_ = false;                           // whether dx has dB and dG of all hidden units before it
   bool sums_dx_ = false, sums_weights_ = false;  // whether they come from several groups, or stretches
   bool first_group_ = true, last_group_ = true, first_stretch_ = true, last_stretch_ = true;
   int64_t stretch_ = 0, group_ = 0;                             // tokens and hidden units there is room for
@@ -422,8 +440,9 @@ class BackwardBFloat16 {
   float *bias_in_ = nullptr, *bias_gate_ = nullptr;             // [group]
   float *dbias_in_ = nullptr, *dbias_gate_ = nullptr;           // [blocks of tokens][group]
   double *dbias_in_sum_ = nullptr, *dbias_gate_sum_ = nullptr;  // [group]
-  float* dx_sum_ = nullptr;                                     // [tokens][model_dim], both rounded up
-  float *dweight_out_sum_ = nullptr, *dweight_in_sum_ = nullptr, *dweight_gate_sum_ = nullptr;  // [.._dim][group]
+  float* dx_sum_ = nullptr;                                     // squares: [panels of model_dim][blocks of tokens]
+  float *dweight_out_sum_ = nullptr, *dweight_in_sum_ = nullptr,
+        *dweight_gate_sum_ = nullptr;  // squares: [panels of units][blocks]
 };
 
 }  // namespace fastattn::FASTATTN_ISA

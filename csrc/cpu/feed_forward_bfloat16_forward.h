@@ -72,13 +72,15 @@ class ForwardBFloat16 {
     float *sums, *gate_sums;
     uint64_t* keep;  // of 64 units, those that dropout spares
     Packed x, hidden;
+    Staged out;
   };
-  Work prepare(int64_t blocks) const {
+  Work prepare(int64_t blocks, int64_t columns) const {
     Work work;
     const auto carve = [&](Carver& carver) {
       work.sums = carver.take<float>(blocks * kSquare);
       work.gate_sums = carver.take<float>(gated() ? blocks * kSquare : 0);
       work.keep = carver.take<uint64_t>(blocks * kStep);
+      work.out = Staged::take(carver, blocks * kStep, columns);
       if (together_) return;
       work.x = take_packed(carver, blocks * kStep, p_.model_dim);
       work.hidden = take_packed(carver, blocks * kStep, p_.ff_dim);
@@ -93,7 +95,7 @@ class ForwardBFloat16 {
     const Parts parts = share_out(blocks, kBlockCache / bytes, threads);
     parallel_for(parts.parts, work(), [&](int64_t part) {
       const int64_t begin = parts.begin(part), count = parts.begin(part + 1) - begin, token = begin * kStep;
-      const Work work = prepare(count);
+      const Work work = prepare(count, p_.out_dim);
       const PackJob job = pack_input(token, min(count * kStep, p_.tokens - token), work.x);
       for (int64_t piece = 0; piece < job.pieces(); ++piece) job.run(piece);
       TileScope tiles;
@@ -110,9 +112,10 @@ class ForwardBFloat16 {
       parallel_for(rows.parts * columns.parts, work(), [&](int64_t task) {
         const int64_t row = task % rows.parts, column = task / rows.parts;
         const int64_t begin = rows.begin(row), count = rows.begin(row + 1) - begin;
-        const Work work = prepare(count);
+        const int64_t first = 2 * columns.begin(column), end = min(2 * columns.begin(column + 1), panels);
+        const Work work = prepare(count, (end - first) * kStep);
         TileScope tiles;
-        body(work, begin, count, 2 * columns.begin(column), min(2 * columns.begin(column + 1), panels));
+        body(work, begin, count, first, end);
       });
     };
     share(p_.model_dim, unit_panels(), [&](const Work& work, int64_t block, int64_t count, int64_t first, int64_t end) {
@@ -200,17 +203,17 @@ class ForwardBFloat16 {
   void multiply_out(const Work& work, const Packed& hidden, int64_t block, int64_t count, int64_t first,
                     int64_t end) const {
     const Factors factors = {hidden.data, hidden.block, out_t_.at(first), out_t_.block, steps_of(p_.ff_dim), work.sums};
-    multiply_blocks(&factors, 1, count, end - first, [&](int64_t panel, int64_t i, const float* square, int slice) {
-      const int64_t column = (first + panel) * kStep;
-      const FloatVec low = load(bias_out_ + column), high = load(bias_out_ + column + 16);
+    const float* bias = bias_out_ + first * kStep;
+    const Staged staged = work.out;
+    multiply_blocks(&factors, 1, count, end - first, [=](int64_t panel, int64_t i, const float* square, int slice) {
+      const FloatVec low = load(bias + panel * kStep), high = load(bias + panel * kStep + 16);
       for (int r = 2 * slice; r < 2 * slice + 2; ++r) {
-        const int64_t token = (block + i) * kStep + r;
-        if (token >= p_.tokens) return;
-        const __m512i row = row_of_bfloat16(load(square + r * kStep) + low, load(square + r * kStep + 16) + high);
-        BFloat16* to = static_cast<BFloat16*>(args_.out.data) + token * args_.out.row_stride + column;
-        _mm512_mask_storeu_epi16(to, first_lanes32(p_.out_dim - column), row);
+        staged.keep(i * kStep + r, panel * kStep, load(square + r * kStep) + low, load(square + r * kStep + 16) + high);
       }
     });
+    const int64_t token = block * kStep, column = first * kStep;
+    staged.copy_to(args_.out, token, column, min(count * kStep, p_.tokens - token),
+                   min(end * kStep, p_.out_dim) - column);
   }
 
   const FeedForwardArgs& args_;
