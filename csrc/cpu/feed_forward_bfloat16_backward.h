@@ -5,6 +5,8 @@
 // and each has one order whatever the threads. Memory: the stages take a group of hidden units and a stretch of tokens
 // at a time, such that what lies between them is bounded. Where dB is too large to be kept whole, dx is summed in
 // float32 over the groups; where there are several stretches, the weights' gradients of a group are.
+//
+// Longer than other files: the stages share all their operands.
 #pragma once
 
 #include "feed_forward_backward.h"

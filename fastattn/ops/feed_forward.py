@@ -38,7 +38,7 @@ def feed_forward(
     """The feed-forward block: two linear maps with an activation, and optionally a gate, between them.
 
     ``out = dropout(act(x @ weight_in^T + bias_in) [* (x @ weight_gate^T + bias_gate)]) @ weight_out^T + bias_out``.
-    The hidden activation is never held for more than a block of tokens, forward and backward.
+    The hidden activation is never held whole: forward a block of tokens at a time, backward some 20 MB of it.
 
     Args:
         input: x, [..., model_dim]; float32, bfloat16, float16 or float64; any strides.
