@@ -86,13 +86,14 @@ def run(
                     for case in cases(family, dtype, [name], device):
                         if quick and case.flops > _QUICK_WORK:
                             continue
-                        found += measure(case, dtype, settings)
+                        measured = measure(case, dtype, settings)
+                        if out is not None:  # at once: a run that is stopped keeps what it has
+                            _append(out / RESULTS, measured)
+                        found += measured
                     progress.update()
             if found:
                 progress.write(f"\n{report.text(found)}")
                 sys.stdout.flush()
-            if out is not None:
-                _append(out / RESULTS, found)
             lines += found
     lines.append({"other_cores": load.of_others()})
     if out is not None:
