@@ -28,7 +28,8 @@ tests:
 # The sanitizers of docs/safety.md, each on a build of its own under build/. PyTorch and Python are not built with them:
 # the runtime is loaded before Python, and leaks are not looked for. PYTHONSAFEPATH: the checkout's own build is not meant.
 SANITIZED_TESTS ?= $(addprefix tests/test_, attention.py cpu_attention.py amx_attention.py attention_weights.py softmax.py \
-	norm.py feed_forward.py linear_cross_entropy.py varlen_attention.py properties.py concurrency.py)
+	norm.py feed_forward.py linear_cross_entropy.py varlen_attention.py properties.py properties_rows.py \
+	concurrency.py)
 runtime = $$($${CXX:-g++} -print-file-name=lib$(1).so)
 sanitized = PYTHONSAFEPATH=1 PYTHONPATH=$$(echo $(CURDIR)/build/$(1)/lib*) $(PYTHON)
 

@@ -130,8 +130,8 @@ def assert_close(found: Tensor, expected: Tensor, scale: float, dtype: torch.dty
     assert found.shape == expected.shape, what
     assert bool(found.isfinite().all()), f"{what} is not finite"
     error = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
-    # What is too small for eps is rounded to a multiple of the smallest number, as are its terms in the accumulator; AMX
-    # takes numbers below the smallest normal one for 0.
+    # What is too small for eps is rounded to a multiple of the smallest number, as are its terms in the accumulator;
+    # AMX takes numbers below the smallest normal one for 0.
     tiny = 2 * info.smallest_normal * info.eps
     tiny += wide.smallest_normal * (8.0 if _cpu.isa() == "amx" else 1024 * wide.eps)
     assert error <= 64 * info.eps * scale + tiny, f"{what}: off by {error}, scale {scale}"

@@ -363,3 +363,17 @@ def test_bad_input(arguments, error, message):
 )
 def test_half_precision_is_widened_without_amx(flags, dtype, expected):
     assert product_dtype(flags, dtype) == expected
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_dim", [1, 7, 62, 257])
+def test_what_lies_between_rows_is_not_read(backend, dtype, model_dim):
+    """PyTorch's product multiplies it by 0, which NaN survives."""
+    inputs = tensors((40,), model_dim, 255, ignored=0.0, dtype=dtype)
+    expected = fastattn.linear_cross_entropy(**inputs, backend=backend)
+    for name in ("hidden", "weight"):
+        around = inputs[name].new_full((inputs[name].shape[0], model_dim + 3), float("nan"))
+        around[:, :model_dim] = inputs[name]
+        inputs[name] = around[:, :model_dim]
+    torch.testing.assert_close(fastattn.linear_cross_entropy(**inputs, backend=backend), expected)

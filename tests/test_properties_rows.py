@@ -11,6 +11,7 @@ from property_tools import DTYPES, assert_close, dims, examples, guarded, laid_o
 
 from fastattn.backends import BY_NAME
 from fastattn.spec.feed_forward import feed_forward_call
+from fastattn.spec.linear import linear_call
 from fastattn.spec.linear_cross_entropy import linear_cross_entropy_call
 from fastattn.spec.norm import NormBackwardCall, norm_call
 from fastattn.spec.softmax import SoftmaxBackwardCall, softmax_call
@@ -275,3 +276,51 @@ def test_linear_cross_entropy(
             assert (one is None) == (expected is None), name
             if one is not None:
                 assert_close(one, expected, scale, dtype, name)
+
+
+@examples
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+    tokens=lengths,
+    in_dim=lengths,
+    part_dim=lengths,
+    parts=st.integers(1, 3),
+    layout=layouts,
+    weight_layout=layouts,
+    biased=st.booleans(),
+    needed=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    magnitude=st.sampled_from([1.0, 1.0, 1.0, "tiny", "huge"]),
+    isa=st.sampled_from(ISAS or [""]),
+)
+def test_linear(seed, dtype, tokens, in_dim, part_dim, parts, layout, weight_layout, biased, needed, magnitude, isa):
+    rng = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(size, generator=rng).to(dtype)
+
+    # Sums of the largest must not overflow.
+    factor = {"tiny": torch.finfo(dtype).smallest_normal / 2, "huge": torch.finfo(dtype).max / 2**12}.get(
+        magnitude, 1.0
+    )
+    tensors = (
+        laid_out(randn(2, 1, tokens, in_dim) * factor, layout),
+        laid_out((randn(parts * part_dim, in_dim) / in_dim**0.5)[None, None], weight_layout)[0, 0],
+        randn(parts * part_dim) if biased else None,
+    )
+    douts = [laid_out(randn(2, 1, tokens, part_dim) / tokens, layout) for _ in range(parts)]
+
+    def run(backend, tensors, douts):
+        call = linear_call(*tensors, parts=parts, backend=backend)
+        kernels = BY_NAME[backend]
+        wanted = [*needed[:2], needed[2] and biased]
+        return [*kernels.linear(call), *kernels.linear_backward(call, douts, wanted)]
+
+    right = run("reference", [None if t is None else t.double() for t in tensors], [d.double() for d in douts])
+    with guarded(isa):
+        for k, (one, expected) in enumerate(zip(run("cpu", tensors, douts), right, strict=True)):
+            assert (one is None) == (expected is None), k
+            if one is not None:
+                of_input = k < parts or k == parts + 1  # the results and the weight's gradient
+                size = max(factor if of_input else 0.0, 1.0 if k != parts + 1 and (biased or k >= parts) else 0.0)
+                assert_close(one, expected, 40.0 * size, dtype, f"result {k}")

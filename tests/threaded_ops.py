@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.backends import BY_NAME
+from fastattn.backends.extension import kernels
 from fastattn.biases import Alibi
 from fastattn.masks import Causal, Dense, KeyLengths, Segments, Window
+from fastattn.spec.linear import linear_call
 
 Op = Callable[[], list[Tensor]]
 
@@ -59,6 +62,14 @@ def ops() -> dict[str, Op]:
                     + ([randn(300, 24, dtype=dtype), randn(300, dtype=dtype)] if gated else []),
                     activation,
                 )
+        if dtype != torch.float64:
+            found[f"linear {name}"] = _linear(
+                [randn(200, 70, dtype=dtype), randn(192, 70, dtype=dtype), randn(192, dtype=dtype)],
+                [randn(200, 64, dtype=dtype) for _ in range(3)],
+            )
+            found[f"linear_cross_entropy {name}"] = _linear_cross_entropy(
+                randn(60, 32, dtype=dtype), randn(400, 32, dtype=dtype), torch.randint(0, 400, (60,), generator=rng)
+            )
     plain = qkv(2, 2, 2, 100, 300, 16, torch.float32)
     long = qkv(1, 2, 2, 100, 300, 16, torch.float32)
     masks = {
@@ -79,9 +90,6 @@ def ops() -> dict[str, Op]:
         "rms_norm": _norm(fastattn.rms_norm, randn(100, 200), randn(200)),
         "weights": lambda: [fastattn.attention_weights(*long[:2], mask=Causal())],
         "weights top_k": lambda: list(fastattn.attention_weights(*long[:2], reduce="top_k", top_k=3)),
-        "linear_cross_entropy": _linear_cross_entropy(
-            randn(60, 16), randn(400, 16), torch.randint(0, 400, (60,), generator=rng)
-        ),
         "varlen": _differentiated(
             lambda *t: fastattn.varlen_attention(*t, torch.tensor([0, 60, 150]), torch.tensor([0, 100, 200])),
             [randn(150, 2, 16), randn(200, 2, 16), randn(200, 2, 16)],
@@ -149,6 +157,18 @@ def _feed_forward(tensors: list[Tensor], activation: str) -> Op:
     return _differentiated(call, tensors)
 
 
+def _linear(tensors: list[Tensor], douts: list[Tensor]) -> Op:
+    call = linear_call(*tensors, parts=len(douts), backend="cpu")
+
+    def run() -> list[Tensor]:
+        if kernels().isa() != "amx":  # elsewhere PyTorch multiplies
+            return []
+        backend = BY_NAME["cpu"]
+        return [*backend.linear(call), *backend.linear_backward(call, douts, [True, True, False])]
+
+    return run
+
+
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Op:
     return _differentiated(
         lambda h, w: fastattn.linear_cross_entropy(h, w, target, label_smoothing=0.1, backend="cpu"), [hidden, weight]
@@ -162,11 +182,9 @@ def bits(tensors: list[Tensor]) -> list[bytes]:
 
 def main() -> None:
     """Runs every op on 4 threads on each instruction set, then all of them from 3 Python threads at once."""
-    from fastattn import _cpu
-
     calls = ops()
-    for isa in _cpu.available_isas():
-        _cpu.set_isa(isa)
+    for isa in kernels().available_isas():
+        kernels().set_isa(isa)
         torch.set_num_threads(1)
         expected = {name: bits(op()) for name, op in calls.items()}
         torch.set_num_threads(4)

@@ -69,6 +69,7 @@ def product(
         return
     a = left[0] if len(left) == 1 else torch.cat(list(left), dim=1)
     a, b = a.t() if left_transposed else a, right.t() if right_transposed else right
+    a = _whole_rows(a)
     whole = a @ b if bias is None else torch.addmm(bias, a, b)
     for part, values in zip(out, whole.split(out[0].shape[1], dim=1), strict=True):
         part.copy_(values)
@@ -92,12 +93,12 @@ def wide_product(
         if kernels().linear([_rows(left)], left_transposed, _rows(right), right_transposed, None, [out]):
             return out
     first, *rest = blocks(a.shape[1], _INNER_BLOCK[a.dtype])
-    out = (a[:, first] @ b[first]).to(wide)
+    out = (_whole_rows(a[:, first]) @ b[first]).to(wide)
     for inner in rest:
         if out.dtype == a.dtype:
             out.addmm_(a[:, inner], b[inner])
         else:
-            out += a[:, inner] @ b[inner]
+            out += _whole_rows(a[:, inner]) @ b[inner]
     return out
 
 
@@ -109,3 +110,12 @@ def blocks(size: int, step: int) -> Iterator[slice]:
 
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _whole_rows(a: Tensor) -> Tensor:
+    """Returns ``a``, or a copy where PyTorch's product would also read what lies between its rows.
+
+    On AMX a row is read in whole steps (seen on 2.13): what follows it in memory is multiplied by 0, which gives NaN
+    where that is NaN or Inf.
+    """
+    return a.contiguous() if a.dtype == torch.bfloat16 and a.stride(1) == 1 else a
