@@ -164,7 +164,7 @@ def _linear(tensors: list[Tensor], douts: list[Tensor]) -> Op:
         if kernels().isa() != "amx":  # elsewhere PyTorch multiplies
             return []
         backend = BY_NAME["cpu"]
-        return [*backend.linear(call), *backend.linear_backward(call, douts, [True, True, False])]
+        return [*backend.linear(call), *backend.linear_backward(call, douts, [True, True, False])[:2]]
 
     return run
 
