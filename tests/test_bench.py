@@ -123,19 +123,17 @@ def test_every_family_is_checked_and_timed(dtype, small, tmp_path, capsys):
     assert len({(line["family"], line["row"], line["direction"]) for line in lines}) == len(lines)
     for line in lines:
         assert "note" not in line
-        assert "left_out" not in line
+        # By a few tensors of a few elements nobody can tell dropout from an error.
+        assert "left_out" not in line or "dropout" in line["row"]
         times = line["times_us"]
         assert all(0 < t["p20"] <= t["median"] <= t["p80"] for t in times.values())
-        if line["row"] not in (
-            "relative-bias 8",
-            "relative-bias 16",
-            "weights-entropy 8",
-            "weights-entropy 16",
-            "window 16",
-        ):
-            others = {name: t["median"] for name, t in times.items() if name != "fastattn"}
+        others = {name: t["median"] for name, t in times.items() if name != "fastattn"}
+        if others:
             assert line["best_peer"] == min(others, key=others.get)
             assert line["ratio"] == pytest.approx(others[line["best_peer"]] / times["fastattn"]["median"])
+        else:
+            assert "ratio" not in line
+            assert line["family"] == "scaling" or "left_out" in line
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
     for summary in report.summaries(lines):
