@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -101,7 +102,7 @@ def run(
     if (lines[-1]["other_cores"] or 0.0) > _DISTURBED:
         print(f"\nOther processes kept {lines[-1]['other_cores']:.1f} cores busy meanwhile: the figures are disturbed.")
     for peer, reasons in _left_out(lines).items():
-        print(f"\n{peer} left out of {len(reasons)} rows, e.g. {reasons[0]}")
+        print("\n" + textwrap.fill(f"{peer} left out of {len(reasons)} rows, e.g. {reasons[0]}", report.WIDTH))
     if out is not None:
         print("\n" + "\n".join(map(str, [out / RESULTS, *page.write(page.read(out / RESULTS), out)])))
         if page.missing():
@@ -180,7 +181,11 @@ def _environment(line: Line) -> str:
     pairs.append(("peers", ", ".join(line["peers"]) or "none"))
     pairs += [(f"not here: {name}", why) for name, why in line["not_here"].items()]
     width = max(len(name) for name, _ in pairs)
-    return f"{heading('environment')}\n" + "\n".join(f"  {name.ljust(width)}  {value}" for name, value in pairs)
+    text = [heading("environment")]
+    for name, value in pairs:
+        start, rest = f"  {name.ljust(width)}  ", " " * (width + 4)
+        text.append(textwrap.fill(str(value), report.WIDTH, initial_indent=start, subsequent_indent=rest))
+    return "\n".join(text)
 
 
 def _left_out(lines: Sequence[Line]) -> dict[str, list[str]]:
