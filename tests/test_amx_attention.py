@@ -1,4 +1,4 @@
-"""bfloat16 attention on AMX tiles: every edge of its tiles, every branch, and who is served by it."""
+"""Attention on AMX tiles: every edge of its tiles, every branch, and who is served by it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from attention_cases import MASKS, Case, assert_as_exact_as_eager, inputs, run
+from attention_cases import MASKS, Case, Inputs, assert_as_exact_as_eager, inputs, run
 
 _cpu = pytest.importorskip("fastattn._cpu")
 pytestmark = pytest.mark.skipif("amx" not in _cpu.available_isas(), reason="no AMX here")
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif("amx" not in _cpu.available_isas(), reason="no A
 # A product is 32 x 32 x 32; a backward tile has 256 queries and 256 keys, a forward tile 32 and 64.
 LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129, 255, 256, 257, 289, 513)
 DIMS = (1, 8, 16, 31, 32, 33, 48, 64, 65, 96, 128, 160)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +49,31 @@ def edge_case(seed: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_edges_of_tiles(seed: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(30))
+def test_edges_of_tiles(seed: int, dtype: torch.dtype) -> None:
     case = edge_case(seed)
-    found = run(inputs(case, torch.bfloat16).to(torch.bfloat16), "cpu")
-    assert_as_exact_as_eager(found, case, torch.bfloat16)
+    found = run(inputs(case, dtype).to(dtype), "cpu")
+    assert_as_exact_as_eager(found, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("which", ["queries", "keys"])
-def test_each_length(length: int, which: str) -> None:
+def test_each_length(length: int, which: str, dtype: torch.dtype) -> None:
     seq_len = (length, 100) if which == "queries" else (100, length)
     case = Case(batch=1, heads=(2, 1), seq_len=seq_len, head_dim=(64, 64))
-    found = run(inputs(case, torch.bfloat16).to(torch.bfloat16), "cpu")
-    assert_as_exact_as_eager(found, case, torch.bfloat16)
+    found = run(inputs(case, dtype).to(dtype), "cpu")
+    assert_as_exact_as_eager(found, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["", "causal", "window"])
+def test_keys_beyond_the_cache(dtype: torch.dtype, mask: str) -> None:
+    """Where packed keys and values outgrow the cache, several blocks of queries share each tile of them."""
+    case = Case(batch=1, heads=(1, 1), seq_len=(150, 6200), head_dim=(160, 128), mask=mask)
+    found = run(inputs(case, dtype).to(dtype), "cpu")
+    assert_as_exact_as_eager(found, case, dtype)
 
 
 AT = 170
@@ -93,20 +105,61 @@ def test_poison_stays_with_those_who_see_it(where: str, poison: float) -> None:
         assert torch.equal(found[name][:, :, rows], clean[name][:, :, rows]), name
 
 
+def bits(given: Inputs, isa: str) -> dict[str, torch.Tensor]:
+    _cpu.set_isa(isa)
+    return run(given, "cpu").named()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 3.4e38, 1e30])
+def test_what_has_no_pieces_is_left_to_avx512(where: str, size: float, dtype: torch.dtype) -> None:
+    case = Case(batch=1, heads=(2, 2), seq_len=(70, 90), head_dim=(40, 24), mask="causal")
+    results = []
+    for isa in ("amx", "avx512"):
+        given = inputs(case, dtype).to(dtype)
+        with torch.no_grad():
+            given.leaves[where][0, 1, 50, 3] = size
+        results.append(bits(given, isa))
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor.nan_to_num(7.0), results[1][name].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("where", ["value", "dout"])
+@pytest.mark.parametrize("size", [1e-30, 1e-38])
+def test_very_small_numbers(where: str, size: float) -> None:
+    """Tiles take the last pieces of very small numbers for 0: what is left of them would be bfloat16."""
+    case = Case(batch=1, heads=(2, 2), seq_len=(70, 90), head_dim=(40, 24))
+    plain = run(inputs(case, torch.float32).to(torch.float32), "cpu").named()
+    given = inputs(case, torch.float32).to(torch.float32)
+    with torch.no_grad():
+        (given.dout if where == "dout" else given.leaves[where]).mul_(size)
+    found = run(given._replace(dlse=torch.zeros_like(given.dlse)), "cpu").named()
+    name = "out" if where == "value" else "dvalue"
+    torch.testing.assert_close(found[name] / size, plain[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_large_scores_are_left_to_avx512(dtype: torch.dtype) -> None:
+    """Scores whose rounding is a factor: forward and backward must round them alike."""
+    case = Case(seq_len=(70, 90), softmax_scale=1e6)
+    given = inputs(case, dtype)
+    amx, avx512 = (bits(given.to(dtype), isa) for isa in ("amx", "avx512"))
+    for name, tensor in amx.items():
+        assert torch.equal(tensor, avx512[name]), name
+
+
 def test_who_is_served() -> None:
-    """AMX rounds P and dS, AVX-512 does not: their bits differ where AMX serves, and nowhere else."""
-
-    def bits(case: Case, dtype: torch.dtype, isa: str) -> dict[str, torch.Tensor]:
-        _cpu.set_isa(isa)
-        return run(inputs(case, dtype).to(dtype), "cpu").named()
-
+    """AMX sums in another order than AVX-512, and rounds P and dS of bfloat16: the bits tell who has served."""
     long, single = Case(seq_len=(70, 90)), Case(heads=(4, 1), seq_len=(1, 90))
     for case, dtype, served in (
         (long, torch.bfloat16, True),
-        (long, torch.float16, False),
-        (long, torch.float32, False),
+        (long, torch.float16, True),
+        (long, torch.float32, True),
         (single, torch.bfloat16, False),
+        (single, torch.float16, False),
+        (single, torch.float32, False),
     ):
-        amx, avx512 = (bits(case, dtype, isa) for isa in ("amx", "avx512"))
-        for name in ("dquery", "dkey", "dvalue"):
+        amx, avx512 = (bits(inputs(case, dtype).to(dtype), isa) for isa in ("amx", "avx512"))
+        for name in ("lse", "dquery", "dkey", "dvalue"):
             assert torch.equal(amx[name], avx512[name]) != served, (case, dtype, name)

@@ -67,17 +67,24 @@ struct Product {
   int64_t c_row;
   int64_t steps;
   bool accumulate;
+  bool whole = false;  // of two pieces, the smallest product too
 };
 
-// Multiplies 2 x 2 tiles at a time: each tile loaded serves two products, and four accumulators are in flight.
-class Products {
+// Bytes of a step of an operand of 32 rows or columns: its pieces (amx_pieces.h), two tiles each.
+constexpr int64_t kPieceBytes = 2 * kTileBytes;
+
+// Multiplies 2 x 2 tiles at a time: each tile loaded serves two products, and four accumulators are in flight. Where
+// operands are sums of two or three pieces, three (or all four) or six products of pieces are summed; a_row is then 64.
+template <int kPieces>
+class TileProducts {
  public:
+  // Parts of a step: what runs uninterrupted.
+  static int units(bool whole) { return kPieces == 1 ? 4 : kPieces == 2 ? 3 + whole : 6; }
+
   // The last product's C is in memory only after flush().
   void run(const Product& p) {
-    quarter<0, true>(p, 0), quarter<1, true>(p, 0), quarter<2, true>(p, 0), quarter<3, true>(p, 0);
-    for (int64_t step = 1; step < p.steps; ++step) {
-      quarter<0>(p, step), quarter<1>(p, step), quarter<2>(p, step), quarter<3>(p, step);
-    }
+    step<true>(p, 0);
+    for (int64_t i = 1; i < p.steps; ++i) step<false>(p, i);
   }
 
   void flush() {
@@ -89,20 +96,50 @@ class Products {
     c_ = nullptr;
   }
 
-  // One of the four tiles of C in one step.
-  template <int kQuarter, bool kFirst = false>
-  void quarter(const Product& p, int64_t step) {
+  // One of the four tiles of C in one step, or all four in one product of pieces.
+  template <int kUnit, bool kFirst>
+  void unit(const Product& p, int64_t step) {
     const char* a = static_cast<const char*>(p.a) + step * p.a_step;
     const char* b = static_cast<const char*>(p.b) + step * p.b_step;
-    if (kQuarter == 0) tile_load<4>(a, p.a_row);
-    if (kQuarter == 0) tile_stream<6>(b, 64);
-    if (kQuarter == 1) tile_stream<7>(b + p.b_right, 64);
-    if (kQuarter == 2) tile_load<5>(a + 16 * p.a_row, p.a_row);
-    if (kFirst) exchange<kQuarter>(p);
-    tile_multiply<kQuarter, 4 + kQuarter / 2, 6 + kQuarter % 2>();
+    if constexpr (kPieces == 1) {
+      if (kUnit == 0) tile_load<4>(a, p.a_row);
+      if (kUnit == 0) tile_stream<6>(b, 64);
+      if (kUnit == 1) tile_stream<7>(b + p.b_right, 64);
+      if (kUnit == 2) tile_load<5>(a + 16 * p.a_row, p.a_row);
+      if (kFirst) exchange<kUnit>(p);
+      tile_multiply<kUnit, 4 + kUnit / 2, 6 + kUnit % 2>();
+    } else {
+      // Each product has a piece of the one before it.
+      constexpr int kLeft[2][6] = {{0, 0, 1, 1}, {0, 0, 1, 1, 2, 0}}, kRight[2][6] = {{1, 0, 0, 1}, {2, 1, 1, 0, 0, 0}};
+      constexpr int kA = kLeft[kPieces - 2][kUnit], kB = kRight[kPieces - 2][kUnit];
+      constexpr int kBefore = kUnit == 0 ? 0 : kUnit - 1;
+      constexpr bool kNewA = kUnit == 0 || kLeft[kPieces - 2][kBefore] != kA;
+      constexpr bool kNewB = kUnit == 0 || kRight[kPieces - 2][kBefore] != kB;
+      a += kA * kPieceBytes;
+      b += kB * kPieceBytes;
+      if (kNewA) tile_load<4>(a, 64);
+      if (kNewB) tile_stream<6>(b, 64);
+      if (kFirst && kUnit == 0) exchange<0>(p);
+      tile_multiply<0, 4, 6>();
+      if (kNewB) tile_stream<7>(b + p.b_right, 64);
+      if (kFirst && kUnit == 0) exchange<1>(p);
+      tile_multiply<1, 4, 7>();
+      if (kNewA) tile_load<5>(a + kTileBytes, 64);
+      if (kFirst && kUnit == 0) exchange<2>(p);
+      tile_multiply<2, 5, 6>();
+      if (kFirst && kUnit == 0) exchange<3>(p);
+      tile_multiply<3, 5, 7>();
+    }
   }
 
  private:
+  template <bool kFirst>
+  void step(const Product& p, int64_t step) {
+    unit<0, kFirst>(p, step), unit<1, kFirst>(p, step), unit<2, kFirst>(p, step);
+    if (kPieces != 2 || p.whole) unit<3, kFirst>(p, step);
+    if constexpr (kPieces == 3) unit<4, kFirst>(p, step), unit<5, kFirst>(p, step);
+  }
+
   // A tile store waits for its product and holds up the next one: each accumulator is stored only when its register is
   // wanted again, three products later.
   template <int kTile>
@@ -122,44 +159,59 @@ class Products {
   char* c_ = nullptr;  // where the accumulators belong that are still in registers
   int64_t c_row_ = 0;
 };
+using Products = TileProducts<1>;
 
 // Products that run while vectors are worked on: tiles and vectors have units of their own, which out-of-order
 // execution keeps busy both where their instructions alternate closely. make(i) gives the i-th of `count` products.
-template <typename Make>
+template <int kPieces, typename Make>
 class Background {
  public:
-  Background(Products& products, int64_t count, const Make& make) : products_(products), make_(make), count_(count) {
+  Background(TileProducts<kPieces>& products, int64_t count, const Make& make)
+      : products_(products), make_(make), count_(count) {
     if (count_ > 0) product_ = make_(0);
   }
 
-  // A quarter of a step of a product.
+  // A unit of a step of a product.
   void advance() {
     if (next_ == count_) return;
-    switch (quarter_++) {
-      case 0:
-        return step_ == 0 ? products_.quarter<0, true>(product_, 0) : products_.quarter<0>(product_, step_);
-      case 1:
-        return step_ == 0 ? products_.quarter<1, true>(product_, 0) : products_.quarter<1>(product_, step_);
-      case 2:
-        return step_ == 0 ? products_.quarter<2, true>(product_, 0) : products_.quarter<2>(product_, step_);
-    }
-    step_ == 0 ? products_.quarter<3, true>(product_, 0) : products_.quarter<3>(product_, step_);
-    quarter_ = 0;
+    step_ == 0 ? run_unit<true>() : run_unit<false>();
+    if (++unit_ < products_.units(product_.whole)) return;
+    unit_ = 0;
     if (++step_ < product_.steps) return;
     step_ = 0;
     if (++next_ < count_) product_ = make_(next_);
   }
-  void finish() {
-    while (next_ < count_) advance();
+  // Runs the first `count` products, or all of them, to their end.
+  void finish(int64_t count) {
+    while (next_ < min(count, count_)) advance();
     products_.flush();
   }
+  void finish() { finish(count_); }
 
  private:
-  Products& products_;
+  template <bool kFirst>
+  void run_unit() {
+    switch (unit_) {
+      case 0:
+        return products_.template unit<0, kFirst>(product_, step_);
+      case 1:
+        return products_.template unit<1, kFirst>(product_, step_);
+      case 2:
+        return products_.template unit<2, kFirst>(product_, step_);
+      case 3:
+        return products_.template unit<3, kFirst>(product_, step_);
+    }
+    if constexpr (kPieces == 3) {
+      unit_ == 4 ? products_.template unit<4, kFirst>(product_, step_)
+                 : products_.template unit<5, kFirst>(product_, step_);
+    }
+  }
+
+  TileProducts<kPieces>& products_;
   const Make& make_;
   Product product_;
   int64_t count_, next_ = 0, step_ = 0;
-  int quarter_ = 0;
+  int unit_ = 0;
 };
 
 inline bool is_finite(BFloat16 x) { return x.bits % 0x8000 < 0x7f80; }
@@ -276,21 +328,20 @@ inline FloatVec multiply_rounded(FloatVec a, FloatVec b) {
   return {_mm512_mul_round_ps(a.v, b.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
-// Writes log(x * 2^n) for x >= 0, within 2e-9 of log(x)'s fraction; an infinite or NaN n goes through.
+// Writes log(x * 2^n) for x >= 0, within 2e-12; an infinite or NaN n goes through.
 inline void log_of_scaled(FloatVec x, FloatVec n, double* to) {
-  // log(m) = 2 atanh(z) for m in [3/4, 3/2) and z = (m - 1) / (m + 1), |z| <= 1/5: the next term is 2e-9 of the first.
-  constexpr float kAtanh[] = {2.0f, 2.0f / 3, 2.0f / 5, 2.0f / 7, 2.0f / 9, 2.0f / 11};
-  const FloatVec one = FloatVec::set1(1.0f);
-  const FloatVec m = {_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)};
-  const FloatVec exponent = select(lt(m, one), one, FloatVec::zero()) + FloatVec{_mm512_getexp_ps(x.v)};
-  const FloatVec z = (m - one) / (m + one);
-  float parts[3][16];
-  store(parts[0], exponent);
-  store(parts[1], n);
-  store(parts[2], z * polynomial(z * z, kAtanh));
+  // log(m) = 2 atanh(z) for m in [3/4, 3/2) and z = (m - 1) / (m + 1), |z| <= 1/5: the next term is 1e-12 of the first.
+  constexpr double kAtanh[] = {2.0, 2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15};
+  const DoubleVec one = DoubleVec::set1(1.0);
+  float lanes[2][16];
+  store(lanes[0], x);
+  store(lanes[1], n);
   for (int i = 0; i < 16; i += 8) {
-    const DoubleVec power = load_as<double>(parts[0] + i) + load_as<double>(parts[1] + i);
-    store(to + i, fma(power, DoubleVec::set1(kLn2), load_as<double>(parts[2] + i)));
+    const DoubleVec wide = load_as<double>(lanes[0] + i);
+    const DoubleVec m = {_mm512_getmant_pd(wide.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)};
+    const DoubleVec exponent = select(lt(m, one), one, DoubleVec::zero()) + DoubleVec{_mm512_getexp_pd(wide.v)};
+    const DoubleVec z = (m - one) / (m + one), power = exponent + load_as<double>(lanes[1] + i);
+    store(to + i, fma(power, DoubleVec::set1(kLn2), z * polynomial(z * z, kAtanh)));
   }
 }
 

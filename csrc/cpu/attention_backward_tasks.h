@@ -112,6 +112,7 @@ class Backward {
     bias_.finish();
     if (args_.dsinks != nullptr) finish_sinks();
   }
+  const Tiles& tiles() const { return tiles_; }
 
  private:
   static constexpr int64_t kSharedBytes = int64_t{64} << 20;

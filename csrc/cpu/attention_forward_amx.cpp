@@ -1,12 +1,18 @@
-// Attention forward in bfloat16 on AMX: attention_forward.cpp's algorithm, with both products on tiles.
+// Attention forward on AMX: attention_forward.cpp's algorithm, with both products on tiles.
 //
-// Keys and values of a group are packed once as AMX wants its right-hand side. Probabilities are rounded to bfloat16
-// for the product with the values, as eager PyTorch rounds them; everything else is float32: the scores, the row sums,
+// Keys and values of a group are packed once as AMX wants its right-hand side: bfloat16 as it is, float32 and float16
+// as sums of three and two bfloat16 (amx_pieces.h). Probabilities are cut like the values: in bfloat16 they are rounded
+// for the product with the values, as eager PyTorch rounds them. Everything else is float32: the scores, the row sums,
 // the output. The running maximum moves only when it grows by more than kSlack: until then a probability may exceed 1,
 // which costs nothing, and the output needs no rescaling.
+//
+// Tiles and vectors have units of their own: while the softmax of a tile of keys runs, the probabilities of the tile
+// before it meet their values, and the scores of the tile after it are summed up.
+//
+// Longer than 400 lines because the two products and the softmax that hides them share one working memory.
 #include <type_traits>
 
-#include "amx.h"
+#include "amx_pieces.h"
 #include "attention_forward.h"
 #include "attention_schedule.h"
 #include "attention_scores.h"
@@ -16,77 +22,116 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kRows = kStep;               // queries a block
-constexpr int64_t kKeys = 64;                  // keys a tile: all that a tile touches stays in the first-level cache
-constexpr int64_t kPStep = kRows * kStep * 2;  // bytes of the probabilities of a step
+constexpr int64_t kRows = kStep;   // queries a block
+constexpr int64_t kKeys = 64;      // keys a tile: all that a tile touches stays in the first-level cache
+constexpr int64_t kMaxBlocks = 4;  // that meet a tile of keys one after the other, where ...
+constexpr int64_t kCachedBytes = int64_t{3} << 19;  // ... keys and values do not stay in the second-level cache
 constexpr int64_t kMinRows = 2;  // a single query's time is that of reading the keys: packing them would double it
+constexpr int64_t kMinKeys = 2;  // of one key the probability is 1, if the backward sees the same score
 constexpr float kSlack = 8.0f;   // in powers of two
 constexpr float kInfinity = __builtin_inff();
 
 using Whole = std::integral_constant<int64_t, kKeys / kStep>;  // the steps of a whole tile, for the compiler to see
 
+// What is larger than this, or a whole step of values that are smaller than this, is not exact enough in pieces; nor
+// are scores that might be larger than the third, whose rounding other kernels would have to share. AVX-512 takes over.
+constexpr float kVeryLarge = 0x1p60f, kVerySmall = 0x1p-60f;
+constexpr double kLargeScore = 0x1p20;
+
+template <typename T>
 class ForwardAmx {
  public:
   explicit ForwardAmx(const AttentionForwardArgs& args)
-      : args_(args), p_(args.problem), scores_(p_, ScoreUnit::kRaw), to_log2_(scores_.to_log2()) {
+      : args_(args), p_(args.problem), scores_(p_, kUnit), to_log2_(scores_.to_log2()) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
     dim_steps_ = ceil_div(p_.head_dim, kStep);
     value_steps_ = ceil_div(p_.head_dim_v, kStep);
     out_stride_ = value_steps_ * kStep;
     tiles_ = ceil_div(p_.seq_len_k, kKeys);
+    blocks_ = packed_bytes() <= kCachedBytes ? 1 : min(kMaxBlocks, ceil_div(p_.seq_len_q, kRows));
   }
 
-  void run() const {
-    const GroupWork work{tiles_, round_up(tiles_ * (k_tile() + v_tile()) + tiles_ * kKeys / kStep, 64),
-                         group_size_ * ceil_div(p_.seq_len_q, kRows), block_bytes()};
+  // Returns whether all could be cut into pieces; if not, the output is void.
+  bool run() const {
+    const GroupWork work{tiles_, packed_bytes(), group_size_ * ceil_div(p_.seq_len_q, blocks_ * kRows), panel_bytes()};
     for_each_block(
         p_, work, [&](char* packed, int64_t group, int64_t tile) { pack_tile(packed, group, tile); },
-        [&](const char* packed, char* memory, int64_t group, int64_t block) {
-          run_block(packed, carve_block(Carver(memory)), group, block);
+        [&](const char* packed, char* memory, int64_t group, int64_t panel) {
+          run_panel(packed, carve_panel(Carver(memory)), group, panel);
         });
+    const double q = bit_cast<float>(largest_q_), k = bit_cast<float>(largest_k_);
+    const double unit = kUnit == ScoreUnit::kRaw ? __builtin_fabs(p_.softmax_scale) * kLog2E : 1.0;
+    // Infinity times 0 is NaN, and no less than anything.
+    return !kCut || (fits_ && q * k * static_cast<double>(p_.head_dim) * unit < kLargeScore);
   }
 
  private:
+  static constexpr int kPieces = kPiecesOf<T>;
+  static constexpr bool kCut = kPieces > 1;
+  // A bfloat16 or float16 query times the scale would have more bits than its pieces hold; a float32 has as many.
+  static constexpr ScoreUnit kUnit = kPieces == 3 ? ScoreUnit::kLog2 : ScoreUnit::kRaw;
+  static constexpr int64_t kStepBytes = kPieces * kPieceBytes;  // of an operand: 32 x 32 elements
+
   // The state of one block of queries.
   struct Block {
-    BFloat16* q;    // [kRows, dim_steps * kStep], where the caller's rows will not do
-    float* s;       // [kRows, kKeys]: scores
-    char* p;        // [kKeys / kStep, kRows, kStep]: probabilities in bfloat16
+    char* q;        // [dim_steps, pieces, kRows, kStep]; with one piece only where the caller's rows will not do
     float* out;     // [kRows, out_stride]
     float* shift;   // [kRows]: what is subtracted from a row's scores, in powers of two
     float* factor;  // [kRows]
     float* sum;     // [kRows, 16]: running sum of the probabilities, lane by lane
     const void* a;  // queries: q or the caller's
-    int64_t a_row;  // bytes from row to row
-    Range rows;
+    int64_t a_row, a_step;
+    Range rows, seen;
     int64_t batch, head;
+    bool fresh;  // nothing has been added to the output yet
+  };
+  // Blocks that meet a tile of keys one after the other, while it is in the caches.
+  struct Panel {
+    Block blocks[kMaxBlocks];
+    int64_t count;
+    float* rows_q;  // [kRows, head_dim]: scaled queries on their way to pieces
+    float* s[2];    // [kRows, kKeys]: scores of this tile, and of the next
+    char* p[2];     // [kKeys / kStep, pieces, kRows, kStep]: probabilities of this tile, and of the one before
+  };
+  // A tile of keys that a block sees.
+  struct Tile {
+    Block* block;
+    Range columns;
+    bool masked;
+    int64_t steps() const { return ceil_div(columns.end - columns.begin, kStep); }
   };
 
   // Bytes of a packed tile of keys or values.
-  int64_t k_tile() const { return kKeys / 16 * dim_steps_ * kTileBytes; }
-  int64_t v_tile() const { return kKeys / 16 * value_steps_ * kTileBytes; }
-  const char* packed_k(const char* packed, int64_t key) const { return packed + key / 16 * dim_steps_ * kTileBytes; }
+  int64_t packed_bytes() const { return round_up(tiles_ * (k_tile() + v_tile()) + tiles_ * kKeys / kStep, 64); }
+  int64_t k_tile() const { return kKeys / kStep * dim_steps_ * kStepBytes; }
+  int64_t v_tile() const { return kKeys / kStep * value_steps_ * kStepBytes; }
+  const char* packed_k(const char* packed, int64_t key) const { return packed + key / kStep * dim_steps_ * kStepBytes; }
   const char* packed_v(const char* packed, int64_t key) const {
-    return packed + tiles_ * k_tile() + key / 16 * value_steps_ * kTileBytes;
+    return packed + tiles_ * k_tile() + key / kStep * value_steps_ * kStepBytes;
   }
-  // Whether all values of 32 keys are finite; elements that are not are packed as 0.
+  // Whether all values of 32 keys are finite; elements that are not are packed as 0. With one piece alone.
   const char* finite(const char* packed, int64_t key) const {
     return packed + tiles_ * (k_tile() + v_tile()) + key / kStep;
   }
 
-  int64_t block_bytes() const {
-    return kRows * (dim_steps_ * kStep * 2 + kKeys * 2 + (kKeys + out_stride_ + 2 + 16) * 4) + 6 * 64;
+  int64_t panel_bytes() const {
+    const int64_t of_block = dim_steps_ * kStepBytes + kRows * (out_stride_ + 2 + 16) * 4 + 5 * 64;
+    return 2 * kRows * kKeys * (2 * kPieces + 4) + kRows * p_.head_dim * 4 + 5 * 64 + blocks_ * of_block;
   }
-  Block carve_block(Carver carver) const {
-    Block block;
-    block.q = carver.take<BFloat16>(kRows * dim_steps_ * kStep);
-    block.s = carver.take<float>(kRows * kKeys);
-    block.p = carver.take<char>(kRows * kKeys * 2);
-    block.out = carver.take<float>(kRows * out_stride_);
-    block.shift = carver.take<float>(kRows);
-    block.factor = carver.take<float>(kRows);
-    block.sum = carver.take<float>(kRows * 16);
-    return block;
+  Panel carve_panel(Carver carver) const {
+    Panel panel;
+    panel.rows_q = carver.take<float>(kRows * p_.head_dim);
+    for (float*& s : panel.s) s = carver.take<float>(kRows * kKeys);
+    for (char*& p : panel.p) p = carver.take<char>(kKeys / kStep * kStepBytes);
+    for (int64_t i = 0; i < blocks_; ++i) {
+      Block& block = panel.blocks[i];
+      block.q = carver.take<char>(dim_steps_ * kStepBytes);
+      block.out = carver.take<float>(kRows * out_stride_);
+      block.shift = carver.take<float>(kRows);
+      block.factor = carver.take<float>(kRows);
+      block.sum = carver.take<float>(kRows * 16);
+    }
+    return panel;
   }
 
   // Packs what any query may see of a tile; what lies beyond (padding, another sequence) is never read.
@@ -95,98 +140,189 @@ class ForwardAmx {
     const Range seen = Mask(p_, batch, head * group_size_).k_range(0, p_.seq_len_q);
     const int64_t begin = tile * kKeys, end = min(begin + kKeys, seen.end);
     if (begin + kKeys <= seen.begin) return;
+    Seen of_k;
+    bool fits = true;
     for (int64_t key = begin; key < end; key += kStep) {
-      const BFloat16* k = row_of<const BFloat16>(p_.k, batch, head, key);
-      char* to = const_cast<char*>(packed_k(packed, key));
-      pack_transposed_tiles(to, k, p_.k.stride[2], end - key, p_.head_dim);
-      pack_transposed_tiles(to + dim_steps_ * kTileBytes, k + 16 * p_.k.stride[2], p_.k.stride[2], end - key - 16,
-                            p_.head_dim);
-      *const_cast<char*>(finite(packed, key)) =
-          pack_tiles(const_cast<char*>(packed_v(packed, key)), row_of<const BFloat16>(p_.v, batch, head, key),
-                     p_.v.stride[2], end - key, p_.head_dim_v);
+      const T *k = row_of<const T>(p_.k, batch, head, key), *v = row_of<const T>(p_.v, batch, head, key);
+      char *to_k = const_cast<char*>(packed_k(packed, key)), *to_v = const_cast<char*>(packed_v(packed, key));
+      if constexpr (kCut) {
+        const int64_t count = min(kStep, end - key);
+        of_k.add(
+            pack_pieces<kPieces, Cutting::kTruncated, false, true>(to_k, 0, k, p_.k.stride[2], count, p_.head_dim));
+        constexpr Cutting kCutting = kPieces == 2 ? Cutting::kTruncated : Cutting::kRounded;
+        const float largest =
+            pack_pieces<kPieces, kCutting, true, false>(to_v, kStepBytes, v, p_.v.stride[2], count, p_.head_dim_v)
+                .magnitude();
+        fits &= largest <= kVeryLarge && (largest == 0 || largest >= kVerySmall);
+      } else {
+        pack_transposed_tiles(to_k, k, p_.k.stride[2], end - key, p_.head_dim);
+        pack_transposed_tiles(to_k + dim_steps_ * kTileBytes, k + 16 * p_.k.stride[2], p_.k.stride[2], end - key - 16,
+                              p_.head_dim);
+        *const_cast<char*>(finite(packed, key)) = pack_tiles(to_v, v, p_.v.stride[2], end - key, p_.head_dim_v);
+      }
     }
+    if (!fits) __atomic_store_n(&fits_, false, __ATOMIC_RELAXED);
+    if (kCut) keep_largest(of_k, &largest_k_);
   }
 
-  void run_block(const char* packed, Block block, int64_t group, int64_t index) const {
-    block.batch = group / p_.num_heads_kv;
-    block.head = group % p_.num_heads_kv * group_size_ + index % group_size_;
-    const int64_t begin = index / group_size_ * kRows;
-    block.rows = {begin, min(begin + kRows, p_.seq_len_q)};
-    const Mask mask(p_, block.batch, block.head);
-    const Range seen = mask.k_range(block.rows.begin, block.rows.end);
-    load_queries(block);
-    for (int64_t i = 0; i < kRows; i += 16) store(block.shift + i, FloatVec::set1(-kInfinity));
-    for (int64_t i = 0; i < kRows; ++i) store(block.sum + i * 16, FloatVec::zero());
+  void run_panel(const char* packed, Panel panel, int64_t group, int64_t index) const {
+    if (!__atomic_load_n(&fits_, __ATOMIC_RELAXED)) return;
+    const int64_t batch = group / p_.num_heads_kv, head = group % p_.num_heads_kv * group_size_ + index % group_size_;
+    const int64_t begin = index / group_size_ * blocks_ * kRows;
+    const Mask mask(p_, batch, head);
+    panel.count = min(blocks_, ceil_div(p_.seq_len_q - begin, kRows));
+    Range seen{p_.seq_len_k, 0};
+    for (Block* block = panel.blocks; block < panel.blocks + panel.count; ++block) {
+      const int64_t row = begin + (block - panel.blocks) * kRows;
+      start(panel, block, batch, head, {row, min(row + kRows, p_.seq_len_q)}, mask);
+      seen = {min(seen.begin, block->seen.begin), max(seen.end, block->seen.end)};
+    }
 
-    TileScope tiles;
-    Products products;
-    bool first = true;
-    for (int64_t tile = seen.begin / kKeys; tile * kKeys < seen.end; ++tile) {
+    TileScope scope;
+    TileProducts<kPieces> products;
+    const auto multiply_k = [&](const Tile& t, float* s, int64_t j) {
+      const int64_t right = kCut ? kTileBytes : dim_steps_ * kTileBytes, step = kCut ? kStepBytes : kTileBytes;
+      const char* k = packed_k(packed, t.columns.begin) + j * dim_steps_ * kStepBytes;
+      return Product{t.block->a,    t.block->a_row, t.block->a_step, k,     right, step,
+                     s + j * kStep, kKeys * 4,      dim_steps_,      false, true};
+    };
+    const auto multiply_v = [&](const Tile& t, const char* p, int64_t n) {
+      const char* v = packed_v(packed, t.columns.begin) + n * kStepBytes;
+      return Product{p,
+                     64,
+                     kStepBytes,
+                     v,
+                     kTileBytes,
+                     value_steps_ * kStepBytes,
+                     t.block->out + n * kStep,
+                     out_stride_ * 4,
+                     t.steps(),
+                     !t.block->fresh};
+    };
+    Tile before{}, tile{}, next{};
+    int64_t at = seen.begin / kKeys * panel.count;
+    bool more = find_tile(&panel, mask, seen, &at, &tile);
+    bool pending = false;  // the tile before has not met its values yet
+    for (int64_t j = 0; more && j < tile.steps(); ++j) products.run(multiply_k(tile, panel.s[0], j));
+    products.flush();
+    for (int turn = 0; more; turn ^= 1) {
+      Block& block = *tile.block;
+      float* const s = panel.s[turn];
+      char* const p = panel.p[turn];
+      more = find_tile(&panel, mask, seen, &at, &next);
+      const int64_t of_v = pending ? value_steps_ : 0;
+      const auto make = [&](int64_t i) {
+        return i < of_v ? multiply_v(before, panel.p[turn ^ 1], i) : multiply_k(next, panel.s[turn ^ 1], i - of_v);
+      };
+      Background<kPieces, decltype(make)> background(products, of_v + (more ? next.steps() : 0), make);
+      const int64_t units = products.units(false) * (pending ? value_steps_ * before.steps() : 0) +
+                            products.units(true) * (more ? next.steps() * dim_steps_ : 0);
+      const int64_t width = tile.columns.end - tile.columns.begin, steps = tile.steps();
+      scores_.finish(s, kKeys, batch, head, block.rows, tile.columns, tile.masked, mask);
+      for (int64_t j = round_up(width, 16); j < steps * kStep; j += 16) hide(s + j);
+      if (shift_rows(block, s, steps)) {
+        if (pending && before.block == &block) {
+          background.finish(of_v);
+          block.fresh = false;
+        }
+        rescale(block);
+      }
+      if (steps == kKeys / kStep) {
+        exponentiate(block, s, p, Whole(), background, units);
+      } else {
+        exponentiate(block, s, p, steps, background, units);
+      }
+      background.finish();
+      if (pending) before.block->fresh = false;
+      if (p_.dropout.threshold != 0) drop(block, p, tile.columns.begin, steps);
+      const bool alone = !kCut && !all_finite(packed, tile);
+      if (alone || !more) {
+        for (int64_t n = 0; n < value_steps_; ++n) products.run(multiply_v(tile, p, n));
+        products.flush();
+        block.fresh = false;
+      }
+      if constexpr (!kCut) {
+        if (alone) add_not_finite(packed, tile, p, mask);
+      }
+      pending = !alone;
+      before = tile;
+      tile = next;
+    }
+    for (int64_t i = 0; i < panel.count; ++i) write(panel.blocks[i]);
+  }
+
+  void start(const Panel& panel, Block* block, int64_t batch, int64_t head, Range rows, const Mask& mask) const {
+    block->batch = batch;
+    block->head = head;
+    block->rows = rows;
+    block->seen = mask.k_range(rows.begin, rows.end);
+    block->fresh = true;
+    load_queries(panel, block);
+    for (int64_t i = 0; i < kRows; i += 16) store(block->shift + i, FloatVec::set1(-kInfinity));
+    for (int64_t i = 0; i < kRows; ++i) store(block->sum + i * 16, FloatVec::zero());
+  }
+
+  // Finds the first tile from *at on, counted in blocks of tiles of keys, that is not invisible, and moves on behind
+  // it.
+  static bool find_tile(Panel* panel, const Mask& mask, Range seen, int64_t* at, Tile* tile) {
+    for (; *at / panel->count * kKeys < seen.end; ++*at) {
+      const int64_t key = *at / panel->count * kKeys;
+      Block& block = panel->blocks[*at % panel->count];
       // Whole words of mask bits, so the first columns of the first tile may be invisible.
-      const Range columns{max(tile * kKeys, seen.begin / 64 * 64), min(tile * kKeys + kKeys, seen.end)};
+      const Range columns{max(key, block.seen.begin / 64 * 64), min(key + kKeys, block.seen.end)};
+      if (columns.begin >= columns.end) continue;
       const Coverage coverage = mask.coverage(block.rows, columns);
       if (coverage == Coverage::kNone) continue;
-      const int64_t width = columns.end - columns.begin, steps = ceil_div(width, kStep);
-      const char* k = packed_k(packed, columns.begin);
-      const char* v = packed_v(packed, columns.begin);
-      for (int64_t j = 0; j < steps; ++j) {
-        products.run({block.a, block.a_row, 64, k + j * 2 * dim_steps_ * kTileBytes, dim_steps_ * kTileBytes,
-                      kTileBytes, block.s + j * kStep, kKeys * 4, dim_steps_, false});
-      }
-      products.flush();
       // A ragged tile's last columns do not exist: they are hidden too.
-      const bool masked = coverage != Coverage::kAll || width % kStep != 0;
-      scores_.finish(block.s, kKeys, block.batch, block.head, block.rows, columns, masked, mask);
-      for (int64_t j = round_up(width, 16); j < steps * kStep; j += 16) hide(block.s + j);
-      if (steps == kKeys / kStep) {
-        softmax(block, Whole(), first);
-      } else {
-        softmax(block, steps, first);
-      }
-      if (p_.dropout.threshold != 0) drop(block, columns.begin, steps);
-      for (int64_t n = 0; n < value_steps_; ++n) {
-        products.run({block.p, 64, kPStep, v + n * 2 * kTileBytes, kTileBytes, value_steps_ * 2 * kTileBytes,
-                      block.out + n * kStep, out_stride_ * 4, steps, !first});
-      }
-      first = false;
-      for (int64_t j = 0; j < steps; ++j) {
-        if (*finite(packed, columns.begin + j * kStep)) continue;
-        products.flush();
-        add_not_finite(block, columns.begin + j * kStep, j, mask);
-      }
+      *tile = {&block, columns, coverage != Coverage::kAll || (columns.end - columns.begin) % kStep != 0};
+      ++*at;
+      return true;
     }
-    products.flush();
-    write(block, first);
+    return false;
+  }
+
+  bool all_finite(const char* packed, const Tile& tile) const {
+    for (int64_t j = 0; j < tile.steps(); ++j) {
+      if (!*finite(packed, tile.columns.begin + j * kStep)) return false;
+    }
+    return true;
   }
 
   static void hide(float* s) {
     for (int64_t i = 0; i < kRows; ++i) store(s + i * kKeys, FloatVec::set1(-kInfinity));
   }
 
-  void load_queries(Block& block) const {
-    const BFloat16* from = row_of<const BFloat16>(p_.q, block.batch, block.head, block.rows.begin);
-    const int64_t height = block.rows.end - block.rows.begin;
-    block.a = from;
-    block.a_row = p_.q.stride[2] * 2;
-    if (height == kRows && p_.head_dim % kStep == 0) return;
-    block.a = block.q;
-    block.a_row = dim_steps_ * 64;
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t d = 0; d < p_.head_dim; d += kStep) {
-        const __mmask32 lanes = i < height ? first_lanes32(p_.head_dim - d) : 0;
-        _mm512_storeu_si512(block.q + i * dim_steps_ * kStep + d,
-                            _mm512_maskz_loadu_epi16(lanes, from + i * p_.q.stride[2] + d));
-      }
+  void load_queries(const Panel& panel, Block* block) const {
+    const Range rows = block->rows;
+    const int64_t height = rows.end - rows.begin;
+    const T* from = row_of<const T>(p_.q, block->batch, block->head, rows.begin);
+    block->a = block->q;
+    block->a_row = 64;
+    block->a_step = kStepBytes;
+    if constexpr (kPieces == 3) {
+      scores_.load_queries(panel.rows_q, block->batch, block->head, rows);
+      const Seen of_q =
+          pack_pieces<3, Cutting::kRounded, false, false>(block->q, 0, panel.rows_q, p_.head_dim, height, p_.head_dim);
+      if (block->seen.begin < block->seen.end) keep_largest(of_q, &largest_q_);
+    } else if constexpr (kPieces == 2) {
+      const Seen of_q =
+          pack_pieces<2, Cutting::kTruncated, false, false>(block->q, 0, from, p_.q.stride[2], height, p_.head_dim);
+      if (block->seen.begin < block->seen.end) keep_largest(of_q, &largest_q_);
+    } else if (height == kRows && p_.head_dim % kStep == 0) {
+      block->a = from;
+      block->a_row = p_.q.stride[2] * 2;
+      block->a_step = 64;
+    } else {
+      pack_rows(block->q, from, p_.q.stride[2], height, p_.head_dim);
     }
   }
 
-  // Turns scores into probabilities relative to the rows' shifts, and adds them up.
-  template <typename Steps>
-  void softmax(const Block& block, Steps steps, bool first) const {
+  // Moves the rows' shifts where a tile's scores have grown; returns whether any did.
+  bool shift_rows(const Block& block, const float* scores, int64_t steps) const {
     const FloatVec to_log2 = FloatVec::set1(to_log2_);
-    bool moved = false, huge = false;
+    bool moved = false;
     for (int64_t half = 0; half < kRows; half += 16) {
-      float* s = block.s + half * kKeys;
+      const float* s = scores + half * kKeys;
       FloatVec top[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -197,27 +333,40 @@ class ForwardAmx {
       const FloatVec before = load(block.shift + half);
       const __mmask16 grown = lt(before + FloatVec::set1(kSlack), now);
       store(block.factor + half, select(grown, exp2(before - now), FloatVec::set1(1.0f)));
-      const FloatVec shift = select(grown, now, before);
-      store(block.shift + half, shift);
+      store(block.shift + half, select(grown, now, before));
       moved |= grown != 0;
-      huge |= lt(FloatVec::set1(kHugeShift), abs(shift)) != 0;
     }
-    if (moved && !first) rescale(block);
-    huge ? exponentiate<true>(block, steps) : exponentiate<false>(block, steps);
+    return moved;
+  }
+
+  static bool has_huge_shift(const Block& block) {
+    const FloatVec limit = FloatVec::set1(kHugeShift);
+    return (lt(limit, abs(load(block.shift))) | lt(limit, abs(load(block.shift + 16)))) != 0;
+  }
+
+  template <typename Steps, typename Background>
+  void exponentiate(const Block& block, const float* s, char* p, Steps steps, Background& background,
+                    int64_t units) const {
+    if (kUnit == ScoreUnit::kRaw && has_huge_shift(block)) {
+      exponentiate<true>(block, s, p, steps, background, units);
+    } else {
+      exponentiate<false>(block, s, p, steps, background, units);
+    }
   }
 
   // Scores to probabilities and their sums. One rounding from score to power of two, and not two, leaves the rounding
   // of the shift in each power: a common factor that the normalisation takes out again, unless shifts are huge.
-  template <bool kHugeShifts, typename Steps>
-  void exponentiate(const Block& block, Steps steps) const {
+  template <bool kHugeShifts, typename Steps, typename Background>
+  void exponentiate(const Block& block, const float* s, char* p, Steps steps, Background& background,
+                    int64_t units) const {
     const FloatVec to_log2 = FloatVec::set1(to_log2_);
     const auto weigh = [&](const float* s, FloatVec shift) {
+      if constexpr (kUnit == ScoreUnit::kLog2) return exp2(load(s) + shift);
       if constexpr (kHugeShifts) return exp2(multiply_rounded(load(s), to_log2) + shift);
       return exp2(fma(load(s), to_log2, shift));
     };
-    for (int64_t i = 0; i < kRows; ++i) {
-      float* s = block.s + i * kKeys;
-      char* p = block.p + i * 64;
+    int64_t credit = 0;  // units of the background that are due, times kRows
+    for (int64_t i = 0; i < kRows; ++i, s += kKeys, p += 64) {
       // -inf minus -inf is NaN, so a row that has seen nothing subtracts 0 instead.
       const FloatVec shift = FloatVec::set1(block.shift[i] == -kInfinity ? 0.0f : -block.shift[i]);
       FloatVec sum_a = load(block.sum + i * 16), sum_b = FloatVec::zero();
@@ -225,9 +374,15 @@ class ForwardAmx {
         const FloatVec a = weigh(s + j * kStep, shift), b = weigh(s + j * kStep + 16, shift);
         sum_a = sum_a + a;
         sum_b = sum_b + b;
-        _mm512_storeu_si512(p + j * kPStep, merge_bfloat16(a, b));
+        if constexpr (kPieces == 1) {
+          _mm512_storeu_si512(p + j * kStepBytes, merge_bfloat16(a, b));
+        } else {
+          // The values have been rounded. Two pieces of a probability are not all of it: the last is rounded.
+          store_pieces<kPieces, kPieces == 2 ? Cutting::kRounded : Cutting::kTruncated>(p + j * kStepBytes, a, b);
+        }
       }
       store(block.sum + i * 16, sum_a + sum_b);
+      for (credit += units; credit >= kRows; credit -= kRows) background.advance();
     }
   }
 
@@ -235,7 +390,7 @@ class ForwardAmx {
     for (int64_t i = 0; i < kRows; ++i) {
       const FloatVec factor = FloatVec::set1(block.factor[i]);
       store(block.sum + i * 16, load(block.sum + i * 16) * factor);
-      for (int64_t d = 0; d < out_stride_; d += 16) {
+      for (int64_t d = 0; !block.fresh && d < out_stride_; d += 16) {
         float* out = block.out + i * out_stride_ + d;
         store(out, load(out) * factor);
       }
@@ -243,45 +398,52 @@ class ForwardAmx {
   }
 
   // Sets dropped probabilities to 0; the survivors are rescaled once, at the end.
-  void drop(const Block& block, int64_t column, int64_t steps) const {
+  void drop(const Block& block, char* probabilities, int64_t column, int64_t steps) const {
     const uint64_t slice = static_cast<uint64_t>(block.batch * p_.num_heads_q + block.head);
     for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
-      char* p = block.p + (i - block.rows.begin) * 64;
+      char* p = probabilities + (i - block.rows.begin) * 64;
       for (int64_t j = 0; j < steps; j += 2) {
         uint64_t keep =
             dropout_keep_bits(p_.dropout, slice, static_cast<uint64_t>(i), static_cast<uint64_t>(column + j * kStep));
         for (int64_t k = j; k < min(j + 2, steps); ++k, keep >>= 32) {
           const __mmask32 lanes = _pdep_u32(static_cast<uint32_t>(keep), 0x55555555) |
                                   _pdep_u32(static_cast<uint32_t>(keep >> 16), 0xaaaaaaaa);
-          _mm512_storeu_si512(p + k * kPStep, _mm512_maskz_loadu_epi16(lanes, p + k * kPStep));
+          for (int64_t piece = 0; piece < kPieces; ++piece) {
+            char* at = p + k * kStepBytes + piece * kPieceBytes;
+            _mm512_storeu_si512(at, _mm512_maskz_loadu_epi16(lanes, at));
+          }
         }
       }
     }
   }
 
   // Adds what was packed as 0: 0 * NaN is NaN, so only those who see such a value may be touched by it.
-  void add_not_finite(const Block& block, int64_t column, int64_t step, const Mask& mask) const {
-    const Range seen = mask.k_range(block.rows.begin, block.rows.end);
-    for (int64_t j = 0; j < min(kStep, seen.end - column); ++j) {
-      const BFloat16* v = row_of<const BFloat16>(p_.v, block.batch, block.head / group_size_, column + j);
+  void add_not_finite(const char* packed, const Tile& tile, const char* probabilities, const Mask& mask) const {
+    const Block& block = *tile.block;
+    for (int64_t key = tile.columns.begin; key < tile.columns.end; ++key) {
+      if (*finite(packed, key)) continue;
+      const int64_t j = (key - tile.columns.begin) % kStep;
+      const T* v = row_of<const T>(p_.v, block.batch, block.head / group_size_, key);
       for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
-        if (!mask.visible(i, column + j)) continue;
+        if (!mask.visible(i, key)) continue;
         const int64_t at = i - block.rows.begin;
-        const BFloat16* p = reinterpret_cast<const BFloat16*>(block.p + step * kPStep + at * 64);
+        const char* p = probabilities + (key - tile.columns.begin) / kStep * kStepBytes + at * 64;
+        const float weight = to_float(reinterpret_cast<const BFloat16*>(p)[j % 16 * 2 + j / 16]);
         for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-          if (!is_finite(v[d])) block.out[at * out_stride_ + d] += to_float(p[j % 16 * 2 + j / 16]) * to_float(v[d]);
+          if (!is_finite(v[d])) block.out[at * out_stride_ + d] += weight * to_float(v[d]);
         }
       }
     }
   }
 
-  // Divides by the sums and rounds once. `empty`: no key was visible to any row.
-  void write(const Block& block, bool empty) const {
+  // Divides by the sums and rounds once.
+  void write(const Block& block) const {
+    const bool empty = block.fresh;  // no key was visible to any row
     double sink = -kInfinity;
     if (p_.sinks.data != nullptr) {
       visit(p_.sinks.dtype, [&](auto type) {
-        using T = typename decltype(type)::Type;
-        sink = to_double(*row_of<const T>(p_.sinks, 0, block.head, 0));
+        using S = typename decltype(type)::Type;
+        sink = to_double(*row_of<const S>(p_.sinks, 0, block.head, 0));
       });
     }
     double* lse = args_.lse + (block.batch * p_.num_heads_q + block.head) * p_.seq_len_q;
@@ -300,11 +462,17 @@ class ForwardAmx {
       const int64_t at = i - block.rows.begin;
       const FloatVec factor = FloatVec::set1(block.factor[at]);
       const float* from = block.out + at * out_stride_;
-      BFloat16* to = row_of<BFloat16>(args_.out, block.batch, block.head, i);
-      for (int64_t d = 0; d < p_.head_dim_v; d += kStep) {
-        const FloatVec low = load(from + d) * factor, high = load(from + d + 16) * factor;
-        const __m512i y = empty ? _mm512_setzero_si512() : (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
-        _mm512_mask_storeu_epi16(to + d, first_lanes32(p_.head_dim_v - d), y);
+      T* to = row_of<T>(args_.out, block.batch, block.head, i);
+      if constexpr (kCut) {
+        for_each_vec<float>(p_.head_dim_v, [&](int64_t d, auto n) {
+          store_n(to + d, empty ? FloatVec::zero() : load(from + d) * factor, n);
+        });
+      } else {
+        for (int64_t d = 0; d < p_.head_dim_v; d += kStep) {
+          const FloatVec low = load(from + d) * factor, high = load(from + d + 16) * factor;
+          const __m512i y = empty ? _mm512_setzero_si512() : (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+          _mm512_mask_storeu_epi16(to + d, first_lanes32(p_.head_dim_v - d), y);
+        }
       }
     }
   }
@@ -330,15 +498,26 @@ class ForwardAmx {
   const AttentionProblem& p_;
   const Scores<float> scores_;
   const float to_log2_;
-  int64_t group_size_, dim_steps_, value_steps_, out_stride_, tiles_;
+  int64_t group_size_, dim_steps_, value_steps_, out_stride_, tiles_, blocks_;
+  mutable bool fits_ = true;                        // all could be cut into pieces
+  mutable uint32_t largest_q_ = 0, largest_k_ = 0;  // bits of a float: the largest query, as packed, and key
 };
 
 }  // namespace
 
 bool attention_forward_takes(const AttentionForwardArgs& args) {
-  return args.problem.q.dtype == DType::kBFloat16 && args.problem.seq_len_q >= kMinRows;
+  const AttentionProblem& p = args.problem;
+  if (p.q.dtype == DType::kFloat64 || p.seq_len_q < kMinRows) return false;
+  return p.q.dtype == DType::kBFloat16 || p.seq_len_k >= kMinKeys;
 }
 
-void attention_forward(const AttentionForwardArgs& args) { ForwardAmx(args).run(); }
+void attention_forward(const AttentionForwardArgs& args) {
+  bool done = true;
+  visit(args.problem.q.dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    if constexpr (sizeof(T) <= sizeof(float)) done = ForwardAmx<T>(args).run();
+  });
+  if (!done) avx512::attention_forward(args);
+}
 
 }  // namespace fastattn::FASTATTN_ISA
