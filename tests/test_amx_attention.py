@@ -13,7 +13,7 @@ _cpu = pytest.importorskip("fastattn._cpu")
 pytestmark = pytest.mark.skipif("amx" not in _cpu.available_isas(), reason="no AMX here")
 
 # A product is 32 x 32 x 32; a backward tile has 256 queries and 256 keys, a forward tile 32 and 64.
-LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129, 255, 256, 257, 289, 513)
+LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 96, 97, 127, 129, 159, 255, 256, 257, 289, 513)
 DIMS = (1, 8, 16, 31, 32, 33, 48, 64, 65, 96, 128, 160)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,9 +26,10 @@ def amx() -> Iterator[None]:
     _cpu.set_isa(before)
 
 
-def edge_case(seed: int) -> Case:
+def edge_case(seed: int, smallest: int = 1, smallest_dim: int = 1) -> Case:
     """Returns a call whose sizes lie at the edges of tiles, with features drawn at random."""
     rng = np.random.default_rng(1000 + seed)
+    lengths, dims = [n for n in LENGTHS if n >= smallest], [n for n in DIMS if n >= smallest_dim]
 
     def pick(*choices):
         return choices[rng.integers(len(choices))]
@@ -38,8 +39,8 @@ def edge_case(seed: int) -> Case:
     return Case(
         batch=pick(1, 2),
         heads=(heads_kv * pick(1, 1, 3), heads_kv),
-        seq_len=(int(pick(*LENGTHS)), int(pick(1, *LENGTHS))),
-        head_dim=(int(pick(*DIMS)), int(pick(*DIMS))),
+        seq_len=(int(pick(*lengths)), int(pick(smallest, *lengths))),
+        head_dim=(int(pick(*dims)), int(pick(*dims))),
         mask="+".join(name for name in MASKS if rng.random() < 0.12),
         bias=tuple(bool(rng.integers(2)) for _ in range(4)) if bias == "bias" else None,
         relative="learned" if bias == "relative" else "",
@@ -52,7 +53,7 @@ def edge_case(seed: int) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(30))
 def test_edges_of_tiles(seed: int, dtype: torch.dtype) -> None:
-    case = edge_case(seed)
+    case = edge_case(seed) if dtype == torch.bfloat16 else edge_case(seed, 64, 32)
     found = run(inputs(case, dtype).to(dtype), "cpu")
     assert_as_exact_as_eager(found, case, dtype)
 
@@ -142,7 +143,7 @@ def test_very_small_numbers(where: str, size: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_large_scores_are_left_to_avx512(dtype: torch.dtype) -> None:
     """Scores whose rounding is a factor: forward and backward must round them alike."""
-    case = Case(seq_len=(70, 90), softmax_scale=1e6)
+    case = Case(seq_len=(70, 90), head_dim=(64, 64), softmax_scale=1e6)
     given = inputs(case, dtype)
     amx, avx512 = (bits(given.to(dtype), isa) for isa in ("amx", "avx512"))
     for name, tensor in amx.items():
@@ -151,12 +152,17 @@ def test_large_scores_are_left_to_avx512(dtype: torch.dtype) -> None:
 
 def test_who_is_served() -> None:
     """AMX sums in another order than AVX-512, and rounds P and dS of bfloat16: the bits tell who has served."""
-    long, single = Case(seq_len=(70, 90)), Case(heads=(4, 1), seq_len=(1, 90))
+    long, single = Case(seq_len=(70, 90), head_dim=(48, 40)), Case(heads=(4, 1), seq_len=(1, 90))
+    short = Case(seq_len=(63, 90), head_dim=(64, 64))
     for case, dtype, served in (
         (long, torch.bfloat16, True),
         (long, torch.float16, True),
         (long, torch.float32, True),
         (single, torch.bfloat16, False),
+        (short, torch.bfloat16, True),
+        (short, torch.float16, False),
+        (short, torch.float32, False),
+        (Case(seq_len=(70, 90), head_dim=(16, 40)), torch.float32, False),
         (single, torch.float16, False),
         (single, torch.float32, False),
     ):

@@ -2,14 +2,14 @@
 //
 // As operands of products P and dS are rounded to bfloat16 where that is the dtype, as PyTorch rounds them; float32 and
 // float16 are sums of bfloat16 throughout (amx_pieces.h). Everything else is float32: the scores, dS itself, the sums.
-// What multiplies from the right must stand in pairs of depths, and what multiplies from
-// the left in rows. So that nothing of size seq x seq is ever transposed, dV and dK are summed up transposed:
+// What multiplies from the right must stand in pairs of depths, and what multiplies from the left in rows. So that
+// nothing of size seq x seq is ever transposed, dV and dK are summed up transposed:
 //
 //   S = Q K^T, dP = dO V^T, dQ = dS K: queries from the left, and all keys packed once a task;
 //   dV^T = dO^T P, dK^T = Q^T dS: dO^T and Q^T packed once a head, P and dS paired as they leave the registers.
 //
 // Longer than 400 lines because a tile's five products, its softmax and what is not finite share one working memory.
-#include "amx_pieces.h"
+#include "attention_amx.h"
 #include "attention_backward.h"
 #include "attention_backward_tasks.h"
 #include "philox.h"
@@ -17,28 +17,19 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// What is larger or smaller than this is not exact enough in pieces, nor are scores that might be larger than the
-// third: as in attention_forward_amx.cpp, so that both kernels leave the same calls to AVX-512.
-constexpr float kVeryLarge = 0x1p60f, kVerySmall = 0x1p-60f;
-constexpr double kLargeScore = 0x1p20;
-constexpr float kVerySmallOutput = 0x1p-80f;  // of dout, alone and times a value
-constexpr int64_t kMinRows = 2;               // measured: level with AVX-512 at 2 to 4 queries, ahead from 8 on
-// With one key dP - delta is 0, but for the rounding of out that delta comes from; AVX-512's kernel mends it.
-constexpr int64_t kMinKeys = 2;
-
 template <typename T>
 class AmxTiles {
   static constexpr int kPieces = kPiecesOf<T>;
   static constexpr bool kCut = kPieces > 1;
-  static constexpr int64_t kMaxRows = kCut ? 128 : 256;  // queries a block: depths of dV and dK for each load and store
-                                                         // of their sums
-  static constexpr int64_t kKeys = kCut ? 128 : 256;     // keys a tile
+  // Queries a block, which are the depths of dV and dK for each load and store of their sums, and keys a tile: what is
+  // packed of either stays in the second-level cache.
+  static constexpr int64_t kMaxRows = kCut ? 128 : 256, kKeys = kCut ? 128 : 256;
   static constexpr int64_t kStepBytes = kPieces * kPieceBytes;                  // of an operand: 32 x 32 elements
   static constexpr int64_t kSteps = kKeys / kStep, kBlocks = kMaxRows / kStep;  // cells of a tile, see Cell
   // Cells of a block of queries whose P and dS are made together. In float32 all of them, see weigh().
   static constexpr bool kWholeRows = kPieces == 3;
   static constexpr int64_t kGroup = kWholeRows ? kSteps : 1;
-  // The forward's.
+  // The forward's: the scores must be the very same.
   static constexpr ScoreUnit kUnit = kPieces == 3 ? ScoreUnit::kLog2 : ScoreUnit::kRaw;
 
  public:
@@ -167,7 +158,7 @@ class AmxTiles {
         const Seen of_v =
             pack_pieces<kPieces, Cutting::kTruncated, false, true>(v_t, 0, v, p_.v.stride[2], n, p_.head_dim_v);
         const float largest = of_v.magnitude();
-        if (largest > kVeryLarge || (largest != 0 && largest < kVerySmall)) give_up();
+        if (!(largest <= kVeryLarge) || is_very_small(largest)) give_up();
         note(of_v, kV);
         note(pack_pieces<kPieces, kCutting, true, false>(k_rows, kStepBytes, k, p_.k.stride[2], n, p_.head_dim), kK);
       } else {
@@ -294,10 +285,8 @@ class AmxTiles {
     if (!kCut) return true;
     const auto largest = [&](What what) { return static_cast<double>(bit_cast<float>(largest_[what])); };
     const double dout = largest(kDout), dp = dout * largest(kV);
-    const double unit = kUnit == ScoreUnit::kRaw ? __builtin_fabs(p_.softmax_scale) * kLog2E : 1.0;
-    // Infinity times 0 is NaN, and no less than anything.
     return fits_ && largest(kQ) <= kVeryLarge && largest(kK) <= kVeryLarge && dout <= kVeryLarge &&
-           largest(kScaledQ) * largest(kK) * static_cast<double>(p_.head_dim) * unit < kLargeScore &&
+           scores_fit(p_, largest_[kScaledQ], largest_[kK], kUnit == ScoreUnit::kRaw) &&
            (dout == 0 || dout >= kVerySmallOutput) && (dp == 0 || dp >= kVerySmallOutput);
   }
 
@@ -707,8 +696,7 @@ class AmxTiles {
 }  // namespace
 
 bool attention_backward_takes(const AttentionBackwardArgs& args) {
-  return args.problem.q.dtype != DType::kFloat64 && args.problem.seq_len_q >= kMinRows &&
-         args.problem.seq_len_k >= kMinKeys;
+  return amx_takes(args.problem) && args.problem.seq_len_k >= kMinKeys;
 }
 
 void attention_backward(const AttentionBackwardArgs& args) {

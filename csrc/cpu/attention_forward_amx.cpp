@@ -12,7 +12,7 @@
 // Longer than 400 lines because the two products and the softmax that hides them share one working memory.
 #include <type_traits>
 
-#include "amx_pieces.h"
+#include "attention_amx.h"
 #include "attention_forward.h"
 #include "attention_schedule.h"
 #include "attention_scores.h"
@@ -26,17 +26,10 @@ constexpr int64_t kRows = kStep;   // queries a block
 constexpr int64_t kKeys = 64;      // keys a tile: all that a tile touches stays in the first-level cache
 constexpr int64_t kMaxBlocks = 4;  // that meet a tile of keys one after the other, where ...
 constexpr int64_t kCachedBytes = int64_t{3} << 19;  // ... keys and values do not stay in the second-level cache
-constexpr int64_t kMinRows = 2;  // a single query's time is that of reading the keys: packing them would double it
-constexpr int64_t kMinKeys = 2;  // of one key the probability is 1, if the backward sees the same score
-constexpr float kSlack = 8.0f;   // in powers of two
+constexpr float kSlack = 8.0f;                      // in powers of two
 constexpr float kInfinity = __builtin_inff();
 
 using Whole = std::integral_constant<int64_t, kKeys / kStep>;  // the steps of a whole tile, for the compiler to see
-
-// What is larger than this, or a whole step of values that are smaller than this, is not exact enough in pieces; nor
-// are scores that might be larger than the third, whose rounding other kernels would have to share. AVX-512 takes over.
-constexpr float kVeryLarge = 0x1p60f, kVerySmall = 0x1p-60f;
-constexpr double kLargeScore = 0x1p20;
 
 template <typename T>
 class ForwardAmx {
@@ -59,10 +52,7 @@ class ForwardAmx {
         [&](const char* packed, char* memory, int64_t group, int64_t panel) {
           run_panel(packed, carve_panel(Carver(memory)), group, panel);
         });
-    const double q = bit_cast<float>(largest_q_), k = bit_cast<float>(largest_k_);
-    const double unit = kUnit == ScoreUnit::kRaw ? __builtin_fabs(p_.softmax_scale) * kLog2E : 1.0;
-    // Infinity times 0 is NaN, and no less than anything.
-    return !kCut || (fits_ && q * k * static_cast<double>(p_.head_dim) * unit < kLargeScore);
+    return !kCut || (fits_ && scores_fit(p_, largest_q_, largest_k_, kUnit == ScoreUnit::kRaw));
   }
 
  private:
@@ -153,7 +143,7 @@ class ForwardAmx {
         const float largest =
             pack_pieces<kPieces, kCutting, true, false>(to_v, kStepBytes, v, p_.v.stride[2], count, p_.head_dim_v)
                 .magnitude();
-        fits &= largest <= kVeryLarge && (largest == 0 || largest >= kVerySmall);
+        fits &= largest <= kVeryLarge && !is_very_small(largest);
       } else {
         pack_transposed_tiles(to_k, k, p_.k.stride[2], end - key, p_.head_dim);
         pack_transposed_tiles(to_k + dim_steps_ * kTileBytes, k + 16 * p_.k.stride[2], p_.k.stride[2], end - key - 16,
@@ -505,11 +495,7 @@ class ForwardAmx {
 
 }  // namespace
 
-bool attention_forward_takes(const AttentionForwardArgs& args) {
-  const AttentionProblem& p = args.problem;
-  if (p.q.dtype == DType::kFloat64 || p.seq_len_q < kMinRows) return false;
-  return p.q.dtype == DType::kBFloat16 || p.seq_len_k >= kMinKeys;
-}
+bool attention_forward_takes(const AttentionForwardArgs& args) { return amx_takes(args.problem); }
 
 void attention_forward(const AttentionForwardArgs& args) {
   bool done = true;
