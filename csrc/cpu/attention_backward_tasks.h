@@ -90,7 +90,8 @@ class Backward {
     const double work = static_cast<double>(p_.batch * p_.num_heads_q) * static_cast<double>(p_.seq_len_q) *
                         static_cast<double>(p_.seq_len_k) * static_cast<double>(p_.head_dim + p_.head_dim_v);
     // As many groups at once as fit: threads on different heads never wait for each other.
-    const int64_t together = max(1, min(groups, kSharedBytes / (group_size_ * head_bytes())));
+    const int64_t room = min(kSharedBytes, max_threads() * kBytesAThread);
+    const int64_t together = max(1, min(groups, room / (group_size_ * head_bytes())));
     Carver carver(scratch(Scratch::kShared,
                           bias_.shared_bytes() + round_up(sink_bytes, 64) + together * group_size_ * head_bytes()));
     bias_.carve_shared(carver);
@@ -115,7 +116,7 @@ class Backward {
   const Tiles& tiles() const { return tiles_; }
 
  private:
-  static constexpr int64_t kSharedBytes = int64_t{64} << 20;
+  static constexpr int64_t kSharedBytes = int64_t{64} << 20, kBytesAThread = int64_t{8} << 20;
 
   using Head = BackwardHead<C>;
   using Tile = BackwardTile;
