@@ -24,7 +24,7 @@ inline bool amx_takes(const AttentionProblem& p) {
 
 // Operands whose largest elements lie between these are exact enough in pieces. So is what lies between two products if
 // dout's, and dout's times the values', are large enough.
-constexpr float kVeryLarge = 0x1p60f, kVerySmall = 0x1p-60f, kVerySmallOutput = 0x1p-80f;
+constexpr float kVeryLarge = 0x1p30f, kVerySmall = 0x1p-60f, kVerySmallOutput = 0x1p-80f;
 inline bool is_very_small(float largest) { return largest != 0 && largest < kVerySmall; }
 
 // Whether scores are small enough for their rounding not to be a factor of a probability: AVX-512 rounds them
