@@ -1,8 +1,8 @@
 // The feed-forward's products on AMX tiles, for every dtype: the Engine of feed_forward_gradients.h.
 //
 // An element is a sum of bfloat16 (amx_pieces.h), of which what overflows in one product may be Inf - Inf with another.
-// Packing reports what has no such sum or is very large, and what is nothing but very small, and the caller starts again
-// without tiles.
+// Packing reports what has no such sum or is very large, and what is nothing but very small, and the caller starts
+// again without tiles.
 #pragma once
 
 #include "amx_pieces.h"
