@@ -12,7 +12,8 @@ from attention_cases import MASKS, Case, Inputs, assert_as_exact_as_eager, input
 _cpu = pytest.importorskip("fastattn._cpu")
 pytestmark = pytest.mark.skipif("amx" not in _cpu.available_isas(), reason="no AMX here")
 
-# A product is 32 x 32 x 32; a backward tile has 256 queries and 256 keys, a forward tile 32 and 64.
+# A product is 32 x 32 x 32; a backward tile has 256 queries and 256 keys (64 and 64 where operands are in pieces), a
+# forward tile 32 and 64.
 LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 96, 97, 127, 129, 159, 255, 256, 257, 289, 513)
 DIMS = (1, 8, 16, 31, 32, 33, 48, 64, 65, 96, 128, 160)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -23,7 +23,7 @@ class AmxTiles {
   static constexpr bool kCut = kPieces > 1;
   // Queries a block, which are the depths of dV and dK for each load and store of their sums, and keys a tile: what is
   // packed of either stays in the second-level cache.
-  static constexpr int64_t kMaxRows = kCut ? 128 : 256, kKeys = kCut ? 128 : 256;
+  static constexpr int64_t kMaxRows = kCut ? 64 : 256, kKeys = kCut ? 64 : 256;
   static constexpr int64_t kStepBytes = kPieces * kPieceBytes;                  // of an operand: 32 x 32 elements
   static constexpr int64_t kSteps = kKeys / kStep, kBlocks = kMaxRows / kStep;  // cells of a tile, see Cell
   // Cells of a block of queries whose P and dS are made together. In float32 all of them, see weigh().
@@ -528,7 +528,7 @@ class AmxTiles {
   struct Row {
     __m512i p[kPieces], x[kPieces];
   };
-  static void cut_row(const FloatVec (&halves)[2], __m512i* to) {
+  [[gnu::always_inline]] static void cut_row(const FloatVec (&halves)[2], __m512i* to) {
     if constexpr (kPieces == 1) {
       to[0] = merge_bfloat16(halves[0], halves[1]);
     } else {
@@ -541,7 +541,8 @@ class AmxTiles {
 
   // Makes a row; the survivors' rescaling is left to the end in dV.
   template <bool kMasked, bool kRare>
-  void softmax_row(const Task& task, const Cell& cell, const Place& place, int64_t row, Row* to) const {
+  [[gnu::always_inline]] void softmax_row(const Task& task, const Cell& cell, const Place& place, int64_t row,
+                                          Row* to) const {
     const FloatVec to_log2 = FloatVec::set1(to_log2_), zero = FloatVec::zero();
     const FloatVec shift = FloatVec::set1(task.shift[row]), delta = FloatVec::set1(task.delta[row]);
     FloatVec weights[2], dscores[2];
