@@ -62,7 +62,7 @@ def measure(case: Case, dtype: torch.dtype, settings: Settings) -> list[Line]:
         # PyTorch's and the peers' own remarks; what a FallbackWarning would say is in the line ("served_by").
         warnings.simplefilter("ignore")
         for backend in settings.backends:
-            line, call = _checked(case, dtype, backend)
+            line, call = checked(case, dtype, backend)
             lines.append(line)
             if call is not None:
                 calls[_label(backend)] = call
@@ -100,7 +100,7 @@ def _label(backend: str) -> str:
     return OURS if backend == AUTOMATIC else f"{OURS} {backend}"
 
 
-def _checked(case: Case, dtype: torch.dtype, backend: str) -> tuple[Line, Callable[[], Any] | None]:
+def checked(case: Case, dtype: torch.dtype, backend: str) -> tuple[Line, Callable[[], Any] | None]:
     """Returns the beginning of a line, and what is to be timed if the answer is right."""
     line: Line = {
         "family": case.family,
