@@ -256,8 +256,9 @@ def test_only_the_gradients_asked_for(backend, wanted):
 
 @pytest.mark.parametrize("backend", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_same_bits_at_any_thread_count(backend, dtype):
-    inputs = tensors((1500,), 96, 1280, dtype=dtype)
+@pytest.mark.parametrize("tokens", [16, 1500])
+def test_same_bits_at_any_thread_count(backend, dtype, tokens):
+    inputs = tensors((tokens,), 96, 1280, dtype=dtype)
     before = torch.get_num_threads()
     results = []
     try:

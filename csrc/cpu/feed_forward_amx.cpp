@@ -151,7 +151,7 @@ void feed_forward(const FeedForwardArgs& args) {
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (FewTokensBFloat16::takes(args.problem)) return FewTokensBFloat16(args).run();
+      if (is_few_tokens_bfloat16(args.problem)) return FewTokensBFloat16(args).run();
       if (ForwardBFloat16::takes(args.problem)) return ForwardBFloat16(args).run();
     }
     if constexpr (sizeof(T) <= sizeof(float)) packed = ForwardAmx<T, kPiecesOf<T>>(args).run();

@@ -1,5 +1,6 @@
 // The feed-forward's backward on AMX: feed_forward_gradients.h over the products of feed_forward_tiles.h.
 #include "feed_forward_bfloat16_backward.h"
+#include "feed_forward_bfloat16_few_tokens_backward.h"
 #include "feed_forward_gradients.h"
 #include "feed_forward_tiles.h"
 
@@ -17,7 +18,7 @@ void feed_forward_backward(const FeedForwardBackwardArgs& args) {
   visit(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     if constexpr (std::is_same_v<T, BFloat16>) {
-      BackwardBFloat16(args).run();
+      is_few_tokens_bfloat16(args.problem) ? FewTokensBackwardBFloat16(args).run() : BackwardBFloat16(args).run();
     } else if constexpr (sizeof(T) <= sizeof(float)) {
       packed = FeedForwardGradients<T, TileEngine<kPiecesOf<T>>>(args).run();
     }

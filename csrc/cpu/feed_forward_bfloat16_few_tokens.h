@@ -9,12 +9,46 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// square[row][token] = W[row] . x[token] for 32 rows; of the tokens, 16 or `both` halves.
+inline void multiply_rows(const Matrix& weight, int64_t row, int64_t depth, const char* right, bool both,
+                          float* square) {
+  constexpr int64_t kAhead = 2;  // steps
+  const int64_t bytes = weight.row_stride * static_cast<int64_t>(sizeof(BFloat16));
+  const char* a = static_cast<const char*>(weight.data) + row * bytes;
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t k = 0; k < depth; k += kStep, a += 64, right += kBlockStep) {
+    // Rows lie apart, where no hardware fetches ahead: those of the next square, a line of each at a time.
+    for (int64_t r = 0; r < kStep; ++r) _mm_prefetch(a + kAhead * 64 + r * bytes, _MM_HINT_T0);
+    tile_stream<4>(a, bytes);
+    tile_load<6>(right, 64);
+    tile_multiply<0, 4, 6>();
+    tile_stream<5>(a + 16 * bytes, bytes);
+    tile_multiply<2, 5, 6>();
+    if (!both) continue;
+    tile_load<7>(right + kTileBytes, 64);
+    tile_multiply<1, 4, 7>();
+    tile_multiply<3, 5, 7>();
+  }
+  tile_store<0>(square, kStep * 4);
+  tile_store<1>(square + 16, kStep * 4);
+  tile_store<2>(square + 16 * kStep, kStep * 4);
+  tile_store<3>(square + 16 * kStep + 16, kStep * 4);
+}
+
+// Whether tokens are few, and all dimensions of whole tiles.
+inline bool is_few_tokens_bfloat16(const FeedForwardProblem& p) {
+  return p.tokens <= kStep && p.model_dim % kStep == 0 && p.ff_dim % kStep == 0 && p.out_dim % kStep == 0;
+}
+
+inline FloatVec broadcast_bfloat16(const void* vector, int64_t i) {
+  return FloatVec::set1(vector == nullptr ? 0.0f : to_float(static_cast<const BFloat16*>(vector)[i]));
+}
+
 class FewTokensBFloat16 {
  public:
-  static bool takes(const FeedForwardProblem& p) {
-    return p.tokens <= kStep && p.model_dim % kStep == 0 && p.ff_dim % kStep == 0 && p.out_dim % kStep == 0;
-  }
-
   explicit FewTokensBFloat16(const FeedForwardArgs& args) : args_(args), p_(args.problem) {}
 
   void run() {
@@ -45,34 +79,6 @@ class FewTokensBFloat16 {
     });
   }
 
-  // square[row][token] = W[row] . x[token] for 32 rows; of the tokens, 16 or 32.
-  void multiply(const Matrix& weight, int64_t row, int64_t depth, const char* right, float* square) const {
-    const int64_t bytes = weight.row_stride * static_cast<int64_t>(sizeof(BFloat16));
-    const char* a = static_cast<const char*>(weight.data) + row * bytes;
-    const bool both = p_.tokens > 16;
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-    for (int64_t k = 0; k < depth; k += kStep, a += 64, right += kBlockStep) {
-      // Rows lie apart, where no hardware fetches ahead: those of the next square, a line of each at a time.
-      for (int64_t r = 0; r < kStep; ++r) _mm_prefetch(a + kAhead * 64 + r * bytes, _MM_HINT_T0);
-      tile_stream<4>(a, bytes);
-      tile_load<6>(right, 64);
-      tile_multiply<0, 4, 6>();
-      tile_stream<5>(a + 16 * bytes, bytes);
-      tile_multiply<2, 5, 6>();
-      if (!both) continue;
-      tile_load<7>(right + kTileBytes, 64);
-      tile_multiply<1, 4, 7>();
-      tile_multiply<3, 5, 7>();
-    }
-    tile_store<0>(square, kStep * 4);
-    tile_store<1>(square + 16, kStep * 4);
-    tile_store<2>(square + 16 * kStep, kStep * 4);
-    tile_store<3>(square + 16 * kStep + 16, kStep * 4);
-  }
-
   template <Activation A>
   void run_in(int64_t first, int64_t end) const {
     alignas(64) float square[kSquare], gates[kSquare];
@@ -80,14 +86,14 @@ class FewTokensBFloat16 {
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
     for (int64_t block = first; block < end; ++block) {
       const int64_t unit = block * kStep;
-      multiply(p_.weight_in, unit, p_.model_dim, x_t_, square);
-      if (gated) multiply(p_.weight_gate, unit, p_.model_dim, x_t_, gates);
+      multiply_rows(p_.weight_in, unit, p_.model_dim, x_t_, p_.tokens > 16, square);
+      if (gated) multiply_rows(p_.weight_gate, unit, p_.model_dim, x_t_, p_.tokens > 16, gates);
       uint64_t keep[4];
       for (int64_t half = 0; half < round_up(p_.tokens, 16); half += 16) {
         FloatVec even = zero;
         for (int64_t i = 0; i < kStep; ++i) {
-          FloatVec y = activate_bfloat16<A>(load(square + i * kStep + half) + value(p_.bias_in, unit + i));
-          if (gated) y = y * (load(gates + i * kStep + half) + value(p_.bias_gate, unit + i));
+          FloatVec y = activate_bfloat16<A>(load(square + i * kStep + half) + broadcast_bfloat16(p_.bias_in, unit + i));
+          if (gated) y = y * (load(gates + i * kStep + half) + broadcast_bfloat16(p_.bias_gate, unit + i));
           if (p_.dropout.threshold != 0) {
             if (i % 4 == 0) {
               dropout_keep_bits_of_rows(p_.dropout, 0, static_cast<uint64_t>(half), static_cast<uint64_t>(unit + i), 16,
@@ -110,9 +116,9 @@ class FewTokensBFloat16 {
     alignas(64) float square[kSquare];
     for (int64_t block = first; block < end; ++block) {
       const int64_t column = block * kStep;
-      multiply(p_.weight_out, column, p_.ff_dim, hidden_t_, square);
+      multiply_rows(p_.weight_out, column, p_.ff_dim, hidden_t_, p_.tokens > 16, square);
       for (int64_t i = 0; i < kStep; ++i) {
-        const FloatVec bias = value(p_.bias_out, column + i);
+        const FloatVec bias = broadcast_bfloat16(p_.bias_out, column + i);
         for (int64_t half = 0; half < kStep; half += 16) {
           store(square + i * kStep + half, load(square + i * kStep + half) + bias);
         }
@@ -126,12 +132,6 @@ class FewTokensBFloat16 {
       }
     }
   }
-
-  static FloatVec value(const void* vector, int64_t i) {
-    return FloatVec::set1(vector == nullptr ? 0.0f : to_float(static_cast<const BFloat16*>(vector)[i]));
-  }
-
-  static constexpr int64_t kAhead = 2;  // steps
 
   const FeedForwardArgs& args_;
   const FeedForwardProblem& p_;
