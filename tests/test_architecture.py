@@ -12,6 +12,7 @@ import torch
 
 import fastattn
 from fastattn.spec.attention import AttentionCall
+from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
@@ -45,6 +46,7 @@ MODULES = {
 }
 CALLS = {
     "attention": AttentionCall,
+    "dropout": DropoutCall,
     "feed_forward": FeedForwardCall,
     "linear": LinearCall,
     "linear_cross_entropy": LinearCrossEntropyCall,

@@ -202,6 +202,20 @@ void register_isa(py::module_& m) {
   m.def("cpu_flags", &cpu_flags, "Further processor features, such as amx_bf16.");
 }
 
+void register_dropout(py::module_& m) {
+  m.def(
+      "dropout",
+      [](py::handle input, py::handle state, double p, py::handle out) {
+        const TensorInfo info = read_tensor(input);
+        if (info.dims != 2) throw std::invalid_argument("input must be [rows, columns]");
+        const DropoutArgs args{info.size[0], info.size[1], read_dropout(state, p),
+                               info.dtype,   info.data,    read_pointer<void>(out)};
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(dropout, args);
+      },
+      "Writes the dropout of contiguous input [rows, columns] to contiguous out.");
+}
+
 void register_dropout_mask(py::module_& m) {
   m.def(
       "dropout_mask",
@@ -593,6 +607,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastattn's C++ kernels.";
   fastattn::fetch_python_objects();
   fastattn::register_isa(m);
+  fastattn::register_dropout(m);
   fastattn::register_dropout_mask(m);
   fastattn::register_limits(m);
   fastattn::register_feed_forward(m);

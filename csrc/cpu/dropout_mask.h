@@ -1,4 +1,4 @@
-// The dropout generator laid open, for tests and for callers that want the mask itself.
+// Dropout of a matrix, and its generator laid open, for tests and for callers that want the mask itself.
 #pragma once
 
 #include "common.h"
@@ -13,6 +13,16 @@ struct DropoutMaskArgs {
   uint8_t* keep = nullptr;  // contiguous
 };
 
+// out = input * rescale where the element (slice 0) survives, else 0; both contiguous [rows, columns].
+struct DropoutArgs {
+  int64_t rows = 0, columns = 0;
+  Dropout dropout;
+  DType dtype = DType::kFloat32;
+  const void* input = nullptr;
+  void* out = nullptr;
+};
+
+FASTATTN_DECLARE(void dropout(const DropoutArgs& args))
 FASTATTN_DECLARE(void dropout_mask(const DropoutMaskArgs& args))
 
 }  // namespace fastattn

@@ -17,6 +17,7 @@ from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear as linear_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall
+from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
@@ -82,6 +83,14 @@ class CpuBackend(Backend):
         dinput = None if grads[0] is None else grads[0].view(call.num_tokens, -1)
         kernels().feed_forward_backward(_rows_contiguous(call), _matrix(dout, dout.shape[-1]), dinput, *grads[1:])
         return grads
+
+    def dropout(self, call: DropoutCall) -> Tensor:
+        columns = call.input.shape[-1]
+        out = torch.empty_like(call.input, memory_format=torch.contiguous_format)
+        kernels().dropout(
+            call.input.contiguous().view(-1, columns), call.dropout_state, call.dropout_p, out.view(-1, columns)
+        )
+        return out
 
     def linear(self, call: LinearCall) -> list[Tensor]:
         outs = linear_spec.empty_outputs(call)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
 from fastattn.reference import attention_weights as attention_weights_formula
+from fastattn.reference import dropout as dropout_formula
 from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear as linear_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
@@ -22,6 +23,7 @@ from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec import norm as norm_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.attention_weights import WeightsCall
+from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
@@ -57,6 +59,9 @@ class ReferenceBackend(Backend):
             return (feed_forward_formula.feed_forward(c),)
 
         return contiguous(gradients(formula, call, feed_forward_spec.DIFFERENTIABLE, needed, [dout]))
+
+    def dropout(self, call: DropoutCall) -> Tensor:
+        return dropout_formula.dropout(call)
 
     def linear(self, call: linear_spec.LinearCall) -> list[Tensor]:
         return [part.contiguous() for part in linear_formula.linear(call)]

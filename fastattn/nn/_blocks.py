@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.norm import LayerNorm
+from fastattn.ops import dropout as _dropout
 from fastattn.ops.feed_forward import feed_forward as fused_feed_forward
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import layer_norm
@@ -47,6 +48,13 @@ def apply_linear(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
+def apply_dropout(module: Any, x: Tensor) -> Tensor:
+    """Returns ``module(x)``, of a dropout or whatever stands in its place."""
+    if is_plain(module, nn.Dropout) and module.training and not module.inplace and _dropout.has_kernel(x, module.p):
+        return _dropout.dropout(x, module.p)
+    return module(x)
+
+
 def add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``(norm(residual + x), residual + x)``."""
     if _fuses_norm(norm, x, residual):
@@ -63,7 +71,7 @@ def feed_forward(linear1: Any, activation: Callable[[Tensor], Tensor], dropout: 
         hidden = apply_linear(linear1, x)
         # Nobody else holds the product and no gradient needs it, so that its memory can be written again.
         hidden = torch.relu_(hidden) if name == "relu" else activation(hidden)
-        return apply_linear(linear2, dropout(hidden))
+        return apply_linear(linear2, apply_dropout(dropout, hidden))
     return fused_feed_forward(
         x,
         linear1.weight,

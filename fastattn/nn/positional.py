@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastattn.nn._blocks import apply_dropout
+
 
 class SinusoidalPositionalEncoding(nn.Module):
     """Add sines and cosines of geometrically spaced wavelengths to a sequence of embeddings.
@@ -46,7 +48,7 @@ class SinusoidalPositionalEncoding(nn.Module):
             if self._table.device != input.device:
                 self._table = self._table.to(input.device)
             table = self._table
-        return self.dropout(input + table[offset:end].to(input))
+        return apply_dropout(self.dropout, input + table[offset:end].to(input))
 
     def extra_repr(self) -> str:
         return f"model_dim={self.model_dim}, base={self.base}"
@@ -85,7 +87,7 @@ class LearnedPositionalEncoding(nn.Module):
         end = _checked_end(input, self.model_dim, offset)
         if end > self.max_len:
             raise ValueError(f"positions up to {end - 1} asked for, but max_len={self.max_len}")
-        return self.dropout(input + self.weight[offset:end])
+        return apply_dropout(self.dropout, input + self.weight[offset:end])
 
     def extra_repr(self) -> str:
         return f"model_dim={self.model_dim}, max_len={self.max_len}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.masks import Mask, Shape
 from fastattn.nn import _nested
-from fastattn.nn._blocks import add_norm, feed_forward
+from fastattn.nn._blocks import add_norm, apply_dropout, feed_forward
 from fastattn.nn._masks import Padding, attn_restriction
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.kv_cache import KVCache
@@ -69,8 +69,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x, _ = add_norm(self.norm1, self._sa_block(src, *masks), src)
         return add_norm(self.norm2, self._ff_block(x), x)[0]
 
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | Mask | None,
+        key_padding_mask: Tensor | Mask | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        return apply_dropout(self.dropout1, _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, None))
+
     def _ff_block(self, x: Tensor) -> Tensor:
-        return self.dropout2(feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
+        return apply_dropout(self.dropout2, feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -140,7 +149,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         is_causal: bool = False,
         cache: KVCache | None = None,
     ) -> Tensor:
-        return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache))
+        return apply_dropout(
+            self.dropout1, _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache)
+        )
 
     def _mha_block(
         self,
@@ -151,10 +162,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         is_causal: bool = False,
         cache: KVCache | None = None,
     ) -> Tensor:
-        return self.dropout2(_attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache))
+        return apply_dropout(
+            self.dropout2, _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache)
+        )
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        return self.dropout3(feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
+        return apply_dropout(self.dropout3, feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
