@@ -14,5 +14,6 @@ struct AttentionWeightsArgs {
 };
 
 FASTATTN_DECLARE(void attention_weights(const AttentionWeightsArgs& args))
+FASTATTN_DECLARE_AMX(attention_weights, AttentionWeightsArgs)
 
 }  // namespace fastattn

@@ -17,7 +17,8 @@ class WeightTiles {
   static constexpr int64_t kRows = 96;   // queries a tile: a multiple of kTileRows
   static constexpr int64_t kKeys = 256;  // keys a tile: a multiple of 64 (a word of mask bits) and of every panel width
 
-  WeightTiles(const AttentionProblem& p, const View& lse) : p_(p), lse_(lse), scores_(p) {}
+  WeightTiles(const AttentionProblem& p, const View& lse, ScoreUnit unit = ScoreUnit::kLog2)
+      : p_(p), lse_(lse), scores_(p, unit) {}
 
   int64_t queries_size() const { return kRows * p_.head_dim; }
   int64_t keys_size() const { return panels_size<C>(p_.head_dim, kKeys); }
@@ -49,12 +50,14 @@ class WeightTiles {
   // Writes the weights of a tile of scores to w, which may be s; whole vectors of each row.
   void exponentiate(C* w, const C* s, int64_t batch, int64_t head, Range rows, Range columns) const {
     const int64_t width = columns.end - columns.begin;
-    const Vec<C> hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff()));
+    const Vec<C> hidden = Vec<C>::set1(-static_cast<C>(__builtin_inff())), unit = Vec<C>::set1(scores_.to_log2());
     for (int64_t i = rows.begin; i < rows.end; ++i, s += kKeys, w += kKeys) {
       const RowScale<C> row = scale(batch, head, i);
       const Vec<C> shift = Vec<C>::set1(row.shift), factor = Vec<C>::set1(row.factor);
       if (row.shift == row.shift) {
-        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) store(w + j, probability(load(s + j), shift, factor));
+        for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
+          store(w + j, probability(load(s + j) * unit, shift, factor));
+        }
       } else {  // a NaN reaches the keys that its row sees and no other
         for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
           store(w + j, select(eq(load(s + j), hidden), Vec<C>::zero(), shift));
@@ -63,6 +66,9 @@ class WeightTiles {
       if (p_.dropout.threshold != 0) drop(w, width, batch * p_.num_heads_q + head, i, columns.begin);
     }
   }
+
+  // Whether all that was packed can be multiplied exactly: always.
+  bool exact() const { return true; }
 
   // score() and exponentiate() in place.
   bool weigh(C* s, C* q, const C* k, int64_t batch, int64_t head, Range rows, Range columns) const {
@@ -75,7 +81,7 @@ class WeightTiles {
     return RowScale<C>(*row_of<const double>(lse_, batch, head, row));
   }
 
- private:
+ protected:
   void drop(C* w, int64_t width, int64_t slice, int64_t row, int64_t column) const {
     const Vec<C> rescale = Vec<C>::set1(static_cast<C>(p_.dropout.rescale));
     for (int64_t j = 0; j < width; j += 64) {

@@ -399,7 +399,7 @@ void register_attention_weights(py::module_& m) {
         }
         args.mean = mean;
         py::gil_scoped_release release;
-        FASTATTN_DISPATCH(attention_weights, args);
+        FASTATTN_DISPATCH_AMX(attention_weights, args);
       },
       "Writes the weights of a spec.AttentionCall that is not empty, or their mean over the heads.");
   m.def(
