@@ -9,7 +9,7 @@ from exactness import assert_as_exact_as_eager
 
 import fastattn
 from fastattn.backends.extension import kernels, load
-from fastattn.backends.products import multiplies_on_tiles, product
+from fastattn.backends.products import fuses_on_tiles, multiplies_on_tiles, product
 from fastattn.ops import linear as op
 from fastattn.spec.linear import linear_call
 
@@ -183,7 +183,19 @@ def test_the_choice_of_a_product():
         assert multiplies_on_tiles(isa, dtype, rows, columns, depth) == expected, (isa, dtype, rows, columns, depth)
 
 
-def test_modules_use_it_and_agree_with_pytorch(backend, monkeypatch):
+def test_the_choice_of_a_feed_forward():
+    for isa, dtype, tokens, expected in [
+        ("amx", torch.float32, 1024, True),
+        ("amx", torch.bfloat16, 1024, True),
+        ("amx", torch.bfloat16, 16, False),
+        ("amx", torch.float64, 1024, False),
+        ("avx512", torch.float32, 1024, False),
+    ]:
+        assert fuses_on_tiles(isa, dtype, tokens) == expected, (isa, dtype, tokens)
+
+
+@pytest.mark.parametrize("length", [70, 140])
+def test_modules_use_it_and_agree_with_pytorch(backend, length, monkeypatch):
     """The attention module and the layers, with gradients, whichever product they take."""
     if backend == "reference":
         pytest.skip("modules choose by themselves")
@@ -193,7 +205,7 @@ def test_modules_use_it_and_agree_with_pytorch(backend, monkeypatch):
     stock = torch.nn.TransformerDecoderLayer(128, 2, 256, 0.0, batch_first=True)
     layer = fastattn.nn.TransformerDecoderLayer(128, 2, 256, 0.0, batch_first=True)
     layer.load_state_dict(stock.state_dict())
-    x, memory = torch.randn(2, 70, 128), torch.randn(2, 80, 128)
+    x, memory = torch.randn(2, length, 128), torch.randn(2, 80, 128)
     found, expected = layer(x, memory), stock(x, memory)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for f, e in zip(
@@ -202,9 +214,10 @@ def test_modules_use_it_and_agree_with_pytorch(backend, monkeypatch):
         strict=True,
     ):
         torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
-    # Self-attention's three projections and output, cross-attention's query, keys and values, output, feed-forward;
-    # under autograd each is called twice.
-    assert seen[::2] == ([3, 1, 1, 2, 1, 1, 1] if kernels().isa() == "amx" else [])
+    # Self-attention's three projections and output, cross-attention's query, keys and values, output, and few tokens'
+    # feed-forward; under autograd each is called twice.
+    expected_parts = [3, 1, 1, 2, 1] + ([1, 1] if length == 70 else [])
+    assert seen[::2] == (expected_parts if kernels().isa() == "amx" else [])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

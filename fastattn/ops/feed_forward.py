@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.extension import plain
+from fastattn.backends.extension import load, plain
+from fastattn.backends.products import fuses_on_tiles
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
 from fastattn.ops._registry import define
@@ -92,6 +93,17 @@ def feed_forward(
         _dispatch.warn_reference("feed_forward", "forward-mode derivatives and torch.func transforms have no kernel")
         return formula.feed_forward(call)
     return _feed_forward(*call)
+
+
+def is_fastest(input: Tensor) -> bool:
+    """Whether the op is faster than two linear layers that keep the hidden activation, with gradients and without."""
+    extension = load()[0]
+    return (
+        extension is not None
+        and input.is_cpu
+        and _dispatch.resolve(None) in ("", "cpu")
+        and fuses_on_tiles(extension.isa(), input.dtype, input.numel() // max(input.shape[-1], 1))
+    )
 
 
 def _kernel(*args: Any) -> Tensor:
