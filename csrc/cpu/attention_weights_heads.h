@@ -21,12 +21,10 @@ class Weights {
     heads_a_task_ = args.mean ? p_.num_heads_kv : 1;
   }
 
-  // Returns whether the tiles could take all numbers; if not, the weights are void.
-  bool run() const {
+  void run() const {
     const double work = static_cast<double>(p_.batch * p_.num_heads_q) * static_cast<double>(p_.seq_len_q) *
                         static_cast<double>(p_.seq_len_k) * static_cast<double>(p_.head_dim);
     parallel_for(p_.batch * (p_.num_heads_kv / heads_a_task_) * tiles_, work, [&](int64_t task) { run_tile(task); });
-    return weights_.exact();
   }
 
  private:

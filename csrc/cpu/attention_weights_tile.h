@@ -67,9 +67,6 @@ class WeightTiles {
     }
   }
 
-  // Whether all that was packed can be multiplied exactly: always.
-  bool exact() const { return true; }
-
   // score() and exponentiate() in place.
   bool weigh(C* s, C* q, const C* k, int64_t batch, int64_t head, Range rows, Range columns) const {
     const bool visible = score(s, q, k, batch, head, rows, columns);
