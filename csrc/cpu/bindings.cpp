@@ -440,7 +440,7 @@ int64_t elements(const Lines& lines) { return lines.outer * lines.across * lines
 void register_softmax(py::module_& m) {
   m.def(
       "softmax",
-      [](const py::tuple& call, py::handle out, bool past_caches) {
+      [](const py::tuple& call, py::handle out) {
         enum Field { kInput, kMask, kDim, kScale, kDtype, kLog };  // of spec.SoftmaxCall
         const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
         SoftmaxArgs args;
@@ -452,14 +452,13 @@ void register_softmax(py::module_& m) {
         args.out = read_new_pointer(out, elements(args.lines), args.out_dtype);
         args.scale = field(kScale).cast<double>();
         args.log = field(kLog).cast<bool>();
-        args.past_caches = past_caches;
         py::gil_scoped_release release;
         FASTATTN_DISPATCH(softmax, args);
       },
       "Writes the result of a spec.SoftmaxCall that is not empty into contiguous `out`.");
   m.def(
       "softmax_backward",
-      [](const py::tuple& call, py::handle dinput, bool past_caches) {
+      [](const py::tuple& call, py::handle dinput) {
         enum Field { kOut, kDout, kMask, kDim, kScale, kDtype, kLog };  // of spec.SoftmaxBackwardCall
         const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
         SoftmaxBackwardArgs args;
@@ -472,7 +471,6 @@ void register_softmax(py::module_& m) {
         args.dinput = read_new_pointer(dinput, elements(args.lines), args.dinput_dtype);
         args.scale = field(kScale).cast<double>();
         args.log = field(kLog).cast<bool>();
-        args.past_caches = past_caches;
         py::gil_scoped_release release;
         FASTATTN_DISPATCH(softmax_backward, args);
       },

@@ -2,6 +2,9 @@
 // Layer Normalization", 2019): a row at a time, which stays in the first caches between the passes over it.
 #include "norm.h"
 
+#include <type_traits>
+
+#include "chains.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vec.h"
@@ -23,10 +26,65 @@ void load_parameter(C* to, const View& from, int64_t columns, C fallback) {
   });
 }
 
-template <typename T, typename C>
-void norm_rows(const NormArgs& args) {
+// Sums of a row, in chains: two pipes of latency 4 want more than one.
+template <typename C>
+struct Sums {
+  Vec<C> first = Vec<C>::zero(), second = Vec<C>::zero();
+};
+constexpr int kChains = 4;
+template <typename C>
+inline C total_of(const Sums<C> (&s)[kChains], Vec<C> Sums<C>::* which) {
+  return reduce_add((s[0].*which + s[1].*which) + (s[2].*which + s[3].*which));
+}
+
+template <typename T, typename C, bool kResidual>
+void norm_row(const NormArgs& args, int64_t row, const C* weight, const C* bias) {
   const auto [rows, columns, rms, eps] = args.shape;
   const double scale = 1.0 / static_cast<double>(columns);
+  const T* input = row_of<const T>(args.input, row, 0, 0);
+  const T* residual = kResidual ? row_of<const T>(args.residual, row, 0, 0) : nullptr;
+  T* total = kResidual ? static_cast<T*>(args.total) + row * columns : nullptr;
+  // What is normalised: not the sum as it was rounded for the user.
+  const auto value_at = [&](int64_t j, auto n) {
+    const Vec<C> x = load_as_n<C>(input + j, n);
+    return kResidual ? x + load_as_n<C>(residual + j, n) : x;
+  };
+  Sums<C> sums[kChains];
+  for_each_vec<C>(columns, sums, [&](Sums<C>& s, int64_t j, auto n) {
+    const Vec<C> x = value_at(j, n);
+    if (kResidual) store_n(total + j, x, n);
+    s.first = rms ? fma(x, x, s.first) : s.first + x;
+  });
+  double mean = 0, shift = 0, variance = static_cast<double>(total_of(sums, &Sums<C>::first)) * scale;
+  if (!rms) {
+    // The second pass subtracts the mean first: a difference of large sums would lose the digits of a small variance.
+    // What its own sum then leaves is the rounding of the first, and is taken out as well.
+    mean = static_cast<double>(static_cast<C>(variance));
+    const Vec<C> center = Vec<C>::set1(static_cast<C>(mean));
+    Sums<C> rest[kChains];
+    for_each_vec<C>(columns, rest, [&](Sums<C>& s, int64_t j, auto n) {
+      const Vec<C> x = first_lanes(value_at(j, n) - center, n);
+      s.first = s.first + x;
+      s.second = fma(x, x, s.second);
+    });
+    shift = static_cast<double>(total_of(rest, &Sums<C>::first)) * scale;
+    variance = static_cast<double>(total_of(rest, &Sums<C>::second)) * scale - shift * shift;
+    static_cast<C*>(args.mean)[row] = static_cast<C>(mean + shift);
+  }
+  const C rstd = static_cast<C>(1.0 / __builtin_sqrt(variance + eps));
+  static_cast<C*>(args.rstd)[row] = rstd;
+  T* out = static_cast<T*>(args.out) + row * columns;
+  const Vec<C> factor = Vec<C>::set1(rstd), center = Vec<C>::set1(static_cast<C>(mean));
+  const Vec<C> offset = Vec<C>::set1(static_cast<C>(shift));
+  for_each_vec<C>(columns, [&](int64_t j, auto n) {
+    const Vec<C> normed = ((value_at(j, n) - center) - offset) * factor;
+    store_n(out + j, fma(normed, load_as_n<C>(weight + j, n), load_as_n<C>(bias + j, n)), n);
+  });
+}
+
+template <typename T, typename C>
+void norm_rows(const NormArgs& args) {
+  const int64_t rows = args.shape.rows, columns = args.shape.columns;
   Carver shared(scratch(Scratch::kShared, 2 * (columns * sizeof(C) + 64)));
   C* weight = shared.take<C>(columns);
   C* bias = shared.take<C>(columns);
@@ -34,50 +92,12 @@ void norm_rows(const NormArgs& args) {
   load_parameter(bias, args.bias, columns, C(0));
 
   // Rows in groups, so that a short row does not cost more to hand out than to compute.
-  const int64_t group = max(1, 4096 / max(columns, 1));
+  const int64_t group = max(1, 16384 / max(columns, 1));
   const double work = 8.0 * static_cast<double>(rows) * static_cast<double>(columns);
   parallel_for(ceil_div(rows, group), work, [&](int64_t task) {
-    C* x = static_cast<C*>(scratch(Scratch::kThread, columns * sizeof(C)));
     for (int64_t i = task * group; i < min(rows, (task + 1) * group); ++i) {
-      const T* input = row_of<const T>(args.input, i, 0, 0);
-      const T* residual = args.residual.data == nullptr ? nullptr : row_of<const T>(args.residual, i, 0, 0);
-      T* total = residual == nullptr ? nullptr : static_cast<T*>(args.total) + i * columns;
-      Vec<C> sum = Vec<C>::zero();
-      for_each_vec<C>(columns, [&](int64_t j, auto n) {
-        Vec<C> value = load_as_n<C>(input + j, n);
-        if (residual != nullptr) {
-          value = value + load_as_n<C>(residual + j, n);
-          store_n(total + j, value, n);
-        }
-        store_n(x + j, value, n);
-        sum = rms ? fma(value, value, sum) : sum + value;
-      });
-      double mean = 0, shift = 0, variance = static_cast<double>(reduce_add(sum)) * scale;
-      if (!rms) {
-        // The second pass subtracts the mean first: a difference of large sums would lose the digits of a small
-        // variance. What its own sum then leaves is the rounding of the first, and is taken out as well.
-        mean = variance;
-        const Vec<C> center = Vec<C>::set1(static_cast<C>(mean));
-        mean = static_cast<double>(static_cast<C>(mean));
-        Vec<C> rest = Vec<C>::zero(), squares = Vec<C>::zero();
-        for_each_vec<C>(columns, [&](int64_t j, auto n) {
-          store_n(x + j, load_as_n<C>(x + j, n) - center, n);
-          const Vec<C> value = load_as_n<C>(x + j, n);  // read back: lanes beyond the row are 0, not 0 - center
-          rest = rest + value;
-          squares = fma(value, value, squares);
-        });
-        shift = static_cast<double>(reduce_add(rest)) * scale;
-        variance = static_cast<double>(reduce_add(squares)) * scale - shift * shift;
-        static_cast<C*>(args.mean)[i] = static_cast<C>(mean + shift);
-      }
-      const C rstd = static_cast<C>(1.0 / __builtin_sqrt(variance + eps));
-      static_cast<C*>(args.rstd)[i] = rstd;
-      T* out = static_cast<T*>(args.out) + i * columns;
-      const Vec<C> factor = Vec<C>::set1(rstd), offset = Vec<C>::set1(static_cast<C>(shift));
-      for_each_vec<C>(columns, [&](int64_t j, auto n) {
-        const Vec<C> normed = (load_as_n<C>(x + j, n) - offset) * factor;
-        store_n(out + j, fma(normed, load_as_n<C>(weight + j, n), load_as_n<C>(bias + j, n)), n);
-      });
+      args.residual.data == nullptr ? norm_row<T, C, false>(args, i, weight, bias)
+                                    : norm_row<T, C, true>(args, i, weight, bias);
     }
   });
 }
@@ -85,25 +105,97 @@ void norm_rows(const NormArgs& args) {
 // Writes the sum over `chunks` partial rows of `columns` to a [columns] tensor, in the order of the chunks.
 template <typename C>
 void store_sum(const View& to, const C* partials, int64_t chunks, int64_t chunk_stride, int64_t columns) {
+  constexpr int64_t kColumns = 1024;
   visit(to.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     if constexpr (sizeof(Compute<T>) == sizeof(C)) {
       T* target = static_cast<T*>(to.data);
-      for_each_vec<C>(columns, [&](int64_t j, auto n) {
-        Vec<C> sum = Vec<C>::zero();
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          sum = sum + load_as_n<C>(partials + chunk * chunk_stride + j, n);
-        }
-        store_n(target + j, sum, n);
+      const double work = static_cast<double>(chunks) * static_cast<double>(columns);
+      parallel_for(ceil_div(columns, kColumns), work, [&](int64_t task) {
+        const int64_t begin = task * kColumns;
+        for_each_vec<C>(min(kColumns, columns - begin), [&](int64_t j, auto n) {
+          Vec<C> sum = Vec<C>::zero();
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            sum = sum + load_as_n<C>(partials + chunk * chunk_stride + begin + j, n);
+          }
+          store_n(target + begin + j, sum, n);
+        });
       });
     }
   });
 }
 
-template <typename T, typename C>
-void norm_backward_rows(const NormBackwardArgs& args) {
+// The gradients of kRows rows from `row` on: what they add to those of weight and bias is read and written once for
+// all of them. `fresh`: nothing has been added yet.
+template <typename T, typename C, int kRows>
+void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weight, C* dweight, C* dbias, bool fresh) {
   const auto [rows, columns, rms, eps] = args.shape;
   const double scale = 1.0 / static_cast<double>(columns);
+  const bool wants_input = args.dinput != nullptr, wants_sums = dweight != nullptr;
+  const T *input[kRows], *dout[kRows], *dtotal[kRows];
+  T* dinput[kRows];
+  Vec<C> center[kRows], rstd[kRows], mean_g[kRows], mean_gx[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t i = row + r;
+    input[r] = row_of<const T>(args.input, i, 0, 0);
+    dout[r] = row_of<const T>(args.dout, i, 0, 0);
+    dtotal[r] = args.dtotal.data == nullptr ? nullptr : row_of<const T>(args.dtotal, i, 0, 0);
+    dinput[r] = wants_input ? static_cast<T*>(args.dinput) + i * columns : nullptr;
+    const C factor = static_cast<const C*>(args.rstd)[i];
+    center[r] = Vec<C>::set1(rms ? C(0) : static_cast<const C*>(args.mean)[i]);
+    rstd[r] = Vec<C>::set1(factor);
+    mean_g[r] = mean_gx[r] = Vec<C>::zero();
+    if (!wants_input) continue;
+    Sums<C> sums[kChains];
+    for_each_vec<C>(columns, sums, [&, r](Sums<C>& s, int64_t j, auto n) {
+      const Vec<C> x = load_as_n<C>(input[r] + j, n) - center[r];
+      const Vec<C> g = load_as_n<C>(dout[r] + j, n) * load_as_n<C>(weight + j, n);  // 0 beyond the row
+      s.first = s.first + g;
+      s.second = fma(g, x, s.second);
+    });
+    if (!rms) mean_g[r] = Vec<C>::set1(static_cast<C>(static_cast<double>(total_of(sums, &Sums<C>::first)) * scale));
+    const double product = static_cast<double>(total_of(sums, &Sums<C>::second)) * static_cast<double>(factor);
+    mean_gx[r] = Vec<C>::set1(static_cast<C>(product * scale));
+  }
+  const auto write = [&](auto with_sums, auto with_total) {
+    for_each_vec<C>(columns, [&](int64_t j, auto n) {
+      const Vec<C> w = load_as_n<C>(weight + j, n);
+      Vec<C> dw = Vec<C>::zero(), db = Vec<C>::zero();
+      if (with_sums() && !fresh) {
+        dw = load(dweight + j);
+        db = load(dbias + j);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<C> x = (load_as_n<C>(input[r] + j, n) - center[r]) * rstd[r];
+        const Vec<C> d = load_as_n<C>(dout[r] + j, n);
+        if (with_sums()) {
+          dw = fma(d, x, dw);
+          db = db + d;
+        }
+        if (!wants_input) continue;
+        Vec<C> value = fnma(x, mean_gx[r], fma(d, w, Vec<C>::zero() - mean_g[r])) * rstd[r];
+        if (with_total()) value = value + load_as_n<C>(dtotal[r] + j, n);
+        store_n(dinput[r] + j, value, n);
+      }
+      if (with_sums()) {
+        store(dweight + j, dw);
+        store(dbias + j, db);
+      }
+    });
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (args.dtotal.data != nullptr) {
+    wants_sums ? write(yes, yes) : write(no, yes);
+  } else {
+    wants_sums ? write(yes, no) : write(no, no);
+  }
+}
+
+template <typename T, typename C>
+void norm_backward_matrix(const NormBackwardArgs& args) {
+  const int64_t rows = args.shape.rows, columns = args.shape.columns;
   const bool sums = args.dweight.data != nullptr || args.dbias.data != nullptr;
   // The gradients of weight and bias add up over the rows: each chunk adds up its own, and chunks depend on the shape
   // alone, so that the bits do not depend on the threads. 64 chunks keep as many cores busy.
@@ -115,45 +207,21 @@ void norm_backward_rows(const NormBackwardArgs& args) {
   C* partials = sums ? shared.take<C>(2 * chunks * padded) : nullptr;
   load_parameter(weight, args.weight, columns, C(1));
 
+  // As many rows together as L2 holds between the two passes over them.
+  constexpr int kTogether = 4;
+  const int64_t together =
+      2 * kTogether * columns * static_cast<int64_t>(sizeof(T)) <= (int64_t{1} << 20) ? kTogether : 1;
   const double work = 12.0 * static_cast<double>(rows) * static_cast<double>(columns);
   parallel_for(chunks, work, [&](int64_t chunk) {
-    Carver own(scratch(Scratch::kThread, 2 * (padded * sizeof(C) + 64)));
-    C* normed = own.take<C>(padded);
-    C* grad = own.take<C>(padded);
+    const int64_t begin = chunk * height, end = min(rows, begin + height);
     C* dweight = sums ? partials + 2 * chunk * padded : nullptr;
     C* dbias = sums ? dweight + padded : nullptr;
-    for (int64_t j = 0; sums && j < 2 * padded; j += Vec<C>::kWidth) store(dweight + j, Vec<C>::zero());
-    for (int64_t i = chunk * height; i < min(rows, (chunk + 1) * height); ++i) {
-      const T* input = row_of<const T>(args.input, i, 0, 0);
-      const T* dout = row_of<const T>(args.dout, i, 0, 0);
-      const Vec<C> center = Vec<C>::set1(rms ? C(0) : static_cast<const C*>(args.mean)[i]);
-      const C rstd = static_cast<const C*>(args.rstd)[i];
-      Vec<C> sum = Vec<C>::zero(), product = Vec<C>::zero();
-      for_each_vec<C>(columns, [&](int64_t j, auto n) {
-        const Vec<C> x = (load_as_n<C>(input + j, n) - center) * Vec<C>::set1(rstd);
-        const Vec<C> d = load_as_n<C>(dout + j, n);  // 0 beyond the row, and so is g
-        const Vec<C> g = d * load_as_n<C>(weight + j, n);
-        if (sums) {
-          store(dweight + j, fma(d, x, load(dweight + j)));
-          store(dbias + j, load(dbias + j) + d);
-        }
-        sum = sum + g;
-        product = fma(g, x, product);
-        store(normed + j, x);
-        store(grad + j, g);
-      });
-      if (args.dinput == nullptr) continue;
-      const C mean_g = rms ? C(0) : static_cast<C>(static_cast<double>(reduce_add(sum)) * scale);
-      const C mean_gx = static_cast<C>(static_cast<double>(reduce_add(product)) * scale);
-      const T* dtotal = args.dtotal.data == nullptr ? nullptr : row_of<const T>(args.dtotal, i, 0, 0);
-      T* dinput = static_cast<T*>(args.dinput) + i * columns;
-      for_each_vec<C>(columns, [&](int64_t j, auto n) {
-        const Vec<C> inner = load(grad + j) - Vec<C>::set1(mean_g) - load(normed + j) * Vec<C>::set1(mean_gx);
-        Vec<C> value = inner * Vec<C>::set1(rstd);
-        if (dtotal != nullptr) value = value + load_as_n<C>(dtotal + j, n);
-        store_n(dinput + j, value, n);
-      });
+    for (int64_t j = 0; sums && begin >= end && j < 2 * padded; j += Vec<C>::kWidth) store(dweight + j, Vec<C>::zero());
+    int64_t i = begin;
+    for (; together == kTogether && i + kTogether <= end; i += kTogether) {
+      norm_backward_rows<T, C, kTogether>(args, i, weight, dweight, dbias, i == begin);
     }
+    for (; i < end; ++i) norm_backward_rows<T, C, 1>(args, i, weight, dweight, dbias, i == begin);
   });
   if (args.dweight.data != nullptr) store_sum(args.dweight, partials, chunks, 2 * padded, columns);
   if (args.dbias.data != nullptr) store_sum(args.dbias, partials + padded, chunks, 2 * padded, columns);
@@ -171,7 +239,7 @@ void norm(const NormArgs& args) {
 void norm_backward(const NormBackwardArgs& args) {
   visit(args.input.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    norm_backward_rows<T, Compute<T>>(args);
+    norm_backward_matrix<T, Compute<T>>(args);
   });
 }
 

@@ -1,13 +1,18 @@
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, for merging partial sums.
 //
-// A line is read once for the maximum and the sum, chunk by chunk in L1, and once more for the result, for which the
-// exponentials are computed again rather than stored: half precision could not hold them without a second rounding.
+// Where the elements of a line are adjacent, a line is small enough for the second-level cache to hold it through three
+// passes: its maximum; the exponentials, which are kept, and their sum; the result. Where neighbouring lines are, as
+// many lines as a register has lanes are read together, once for maximum and sum, chunk by chunk, and once more for the
+// result, for which the exponentials are computed again.
 //
 // Longer than 400 lines because rows and columns, forward and backward are four loops over one set of helpers.
 #include "softmax.h"
 
+#include <type_traits>
+
+#include "chains.h"
 #include "reduce.h"
-#include "stream.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -34,7 +39,9 @@ struct Exponent {
   // Within 1 ulp for d <= 0: the product is never rounded, so that a large d costs no accuracy.
   Vec<C> operator()(Vec<C> d) const {
     d = max(Vec<C>::set1(lowest), d);
-    const Vec<C> n = round(d * Vec<C>::set1(high));
+    // Added to a number this large, a fraction is rounded away.
+    const Vec<C> large = Vec<C>::set1(C(sizeof(C) == 8 ? 0x1.8p52 : 0x1.8p23));
+    const Vec<C> n = fma(d, Vec<C>::set1(high), large) - large;
     Vec<C> r = fma(d, Vec<C>::set1(high), -n);
     r = fma(d, Vec<C>::set1(low), r);
     return ldexp(fma(polynomial(r, ExpConstants<C>::kExp2), r, Vec<C>::set1(C(1))), n);
@@ -46,15 +53,6 @@ constexpr C kNegInf = -static_cast<C>(__builtin_inff());
 
 inline uint64_t lane_bits(int lanes) { return (uint64_t{1} << lanes) - 1; }
 
-// What is known of some elements of a line: their maximum, the sum of exp(|scale| * (x - maximum)), and whether any is
-// visible. Where the maximum is -inf the sum is taken from 0 instead and is 0, or NaN if there is a NaN.
-template <typename C>
-struct LogSum {
-  C maximum = kNegInf<C>;
-  C sum = 0;
-  bool any = false;
-};
-
 template <typename C>
 inline C finite_or_zero(C maximum) {
   return maximum == kNegInf<C> ? C(0) : maximum;  // -inf minus -inf is NaN
@@ -65,9 +63,11 @@ template <typename T, typename TOut>
 struct RowSoftmax {
   using C = Compute<T>;
   using V = Vec<C>;
-  using Partial = LogSum<C>;
   static constexpr int kWidth = V::kWidth;
-  static constexpr int64_t kChunk = 32768 / sizeof(C);  // with its mask it stays in an L1 of 48 KiB
+  static constexpr int64_t kChunk = 32768 / sizeof(C);  // of how many a sum is one number, and what threads share out
+  // The result itself can hold the exponentials, unless they would be rounded there twice.
+  static constexpr bool kInPlace = sizeof(TOut) == sizeof(C);
+  static constexpr int64_t kMostKept = (int64_t{1} << 20) / sizeof(C);  // in L2, beside the line
 
   const SoftmaxArgs& args;
   const Exponent<C> exponent;
@@ -93,98 +93,157 @@ struct RowSoftmax {
     return r;
   }
 
-  V signed_value(const T* x, int lanes) const { return (lanes == kWidth ? load(x) : load_n(x, lanes)) * sign; }
-  static uint64_t visible(const Row& r, int64_t j, int lanes) {
-    return r.mask == nullptr ? lane_bits(lanes) : bits_nonzero(r.mask + j, lanes);
+  // Calls body(j, n) for each register of [begin, end); n is an int at the tail and AllLanes before it.
+  template <typename Body>
+  static void for_range(int64_t begin, int64_t end, const Body& body) {
+    for_each_vec<C>(end - begin, [&](int64_t j, auto n) { body(begin + j, n); });
+  }
+  static auto visible(const Row& r, int64_t j, int lanes) {
+    return mask_from_bits<C>(r.mask == nullptr ? lane_bits(lanes) : bits_nonzero(r.mask + j, lanes));
   }
 
-  Partial partial(int64_t line, int64_t begin, int64_t end) const {
-    const Row r = row(line);
+  struct Maximum {
+    C value = kNegInf<C>;  // where it is -inf, 0 is subtracted in its place
+    bool any = false;      // whether anything is visible
+  };
+  Maximum maximum(const Row& r, int64_t begin, int64_t end) const {
     if (r.hidden) return {};
-    return r.mask == nullptr ? partial<false>(r, begin, end) : partial<true>(r, begin, end);
+    return r.mask == nullptr ? maximum<false>(r, begin, end) : maximum<true>(r, begin, end);
   }
-
   template <bool kMasked>
-  Partial partial(const Row& r, int64_t begin, int64_t end) const {
-    constexpr int kChains = 4;  // two pipes of latency 4 want 8, but the exponential brings parallelism of its own
+  Maximum maximum(const Row& r, int64_t begin, int64_t end) const {
     const V lowest = V::set1(kNegInf<C>);
+    V m[4] = {lowest, lowest, lowest, lowest};
     uint64_t any = !kMasked;
-    V m[kChains] = {lowest, lowest, lowest, lowest};
-    const auto larger = [&](V& into, int64_t j, int lanes) {
-      V x = signed_value(r.x + j, lanes);
-      if (kMasked || lanes < kWidth) {
-        const uint64_t bits = visible(r, j, lanes);
-        any |= bits;
-        x = select(mask_from_bits<C>(bits), x, lowest);
-      }
+    for_each_vec<C>(end - begin, m, [&](V& into, int64_t at, auto n) {
+      const int64_t j = begin + at;
+      V x = load_n(r.x + j, n) * sign;
+      if (kMasked) any |= bits_nonzero(r.mask + j, n);
+      if (kMasked || n < kWidth) x = select(visible(r, j, n), x, lowest);
       into = max(x, into);
+    });
+    return {reduce_max(max(max(m[0], m[1]), max(m[2], m[3]))), any != 0};
+  }
+
+  // The sum of the exponentials of [begin, end); they are kept in `kept`, if it is not null, from element `begin` on.
+  C sum(const Row& r, int64_t begin, int64_t end, C highest, C* kept) const {
+    if (r.mask != nullptr) return sum<true>(r, begin, end, highest, kept);
+    return sum<false>(r, begin, end, highest, kept);
+  }
+  template <bool kMasked>
+  C sum(const Row& r, int64_t begin, int64_t end, C highest, C* kept) const {
+    V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    const auto add = [&](auto keep) {
+      for_each_vec<C>(end - begin, s, [&](V& into, int64_t at, auto n) {
+        const int64_t j = begin + at;
+        V e = exponential(r, j, n, V::set1(highest));
+        if (kMasked || n < kWidth) e = select(visible(r, j, n), e, V::zero());
+        if constexpr (decltype(keep)::value) store_n(kept + at, e, n);
+        into = into + e;
+      });
     };
-    int64_t j = begin;
-    for (; j + kChains * kWidth <= end; j += kChains * kWidth) {
-      for (int k = 0; k < kChains; ++k) larger(m[k], j + k * kWidth, kWidth);
-    }
-    for (; j + kWidth <= end; j += kWidth) larger(m[0], j, kWidth);
-    if (j < end) larger(m[0], j, static_cast<int>(end - j));
-    Partial result;
-    result.maximum = reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
-    result.any = any != 0;
-    if (kMasked && !result.any) return result;
-
-    const V shift = V::set1(finite_or_zero(result.maximum));
-    V s[kChains] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    const auto add = [&](V& into, int64_t j, int lanes) {
-      V e = exponent(signed_value(r.x + j, lanes) - shift);
-      if (kMasked || lanes < kWidth) e = select(mask_from_bits<C>(visible(r, j, lanes)), e, V::zero());
-      into = into + e;
-    };
-    j = begin;
-    for (; j + kChains * kWidth <= end; j += kChains * kWidth) {
-      for (int k = 0; k < kChains; ++k) add(s[k], j + k * kWidth, kWidth);
-    }
-    for (; j + kWidth <= end; j += kWidth) add(s[0], j, kWidth);
-    if (j < end) add(s[0], j, static_cast<int>(end - j));
-    result.sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
-    return result;
+    kept != nullptr ? add(std::true_type()) : add(std::false_type());
+    return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+  }
+  template <typename N>
+  V exponential(const Row& r, int64_t j, N n, V highest) const {
+    return exponent(fma(load_n(r.x + j, n), sign, -highest));
   }
 
-  void merge(Partial& into, const Partial& next) const {
-    const C maximum = next.maximum > into.maximum ? next.maximum : into.maximum;
-    const C shift = finite_or_zero(maximum);
-    into.sum = into.sum * scalar_exponent(into.maximum - shift) + next.sum * scalar_exponent(next.maximum - shift);
-    into.maximum = maximum;
-    into.any |= next.any;
-  }
-  C scalar_exponent(C d) const {
-    C lanes[kWidth];
-    store(lanes, exponent(V::set1(d)));
-    return lanes[0];
-  }
-
-  void write(int64_t line, int64_t begin, int64_t end, const Partial& total) const {
-    const Row r = row(line);
-    const V maximum = V::set1(total.maximum);
-    const V nothing = V::set1(args.log ? kNegInf<C> : C(0));
+  // The result of [begin, end); `kept` as above.
+  void write(const Row& r, int64_t begin, int64_t end, Maximum highest, C total, const C* kept) const {
+    const V nothing = V::set1(args.log ? kNegInf<C> : C(0)), shift = V::set1(finite_or_zero(highest.value));
     const auto put = [&](const auto& value) {
       if (r.mask == nullptr) {
-        write_line(r.out, begin, end, args.past_caches,
-                   [&](int64_t j, int lanes) { return value(signed_value(r.x + j, lanes) - maximum); });
+        for_range(begin, end, [&](int64_t j, auto n) { store_n(r.out + j, value(j, n), n); });
       } else {
-        write_line(r.out, begin, end, args.past_caches, [&](int64_t j, int lanes) {
-          const auto seen = mask_from_bits<C>(visible(r, j, lanes));
-          return select(seen, value(signed_value(r.x + j, lanes) - maximum), nothing);
-        });
+        for_range(begin, end,
+                  [&](int64_t j, auto n) { store_n(r.out + j, select(visible(r, j, n), value(j, n), nothing), n); });
       }
     };
-    if (!total.any) {
-      write_line(r.out, begin, end, args.past_caches, [&](int64_t, int) { return nothing; });
+    const V inverse = V::set1(C(1) / total);
+    if (!highest.any) {
+      for_range(begin, end, [&](int64_t j, auto n) { store_n(r.out + j, nothing, n); });
     } else if (args.log) {
       const V scale = V::set1(static_cast<C>(args.scale < 0 ? -args.scale : args.scale));
-      const V log_sum = V::set1(static_cast<C>(__builtin_log(static_cast<double>(total.sum))));
-      put([&](V d) { return fma(d, scale, -log_sum); });
+      const V log_sum = V::set1(static_cast<C>(__builtin_log(static_cast<double>(total))));
+      const V top = V::set1(highest.value);
+      put([&](int64_t j, auto n) { return fma(fma(load_n(r.x + j, n), sign, -top), scale, -log_sum); });
+    } else if (kept != nullptr) {
+      put([&](int64_t j, auto n) { return load_n(kept + (j - begin), n) * inverse; });
     } else {
-      const V inverse = V::set1(C(1) / total.sum);
-      put([&](V d) { return exponent(d) * inverse; });
+      put([&](int64_t j, auto n) { return exponential(r, j, n, shift) * inverse; });
     }
+  }
+
+  // One line, chunk by chunk: a sum has the same bits whoever adds it up.
+  void run_line(int64_t line) const {
+    const int64_t length = args.lines.length;
+    const Row r = row(line);
+    const Maximum highest = maximum(r, 0, length);
+    const C shift = finite_or_zero(highest.value);
+    C total = 0;
+    C* kept = nullptr;
+    if (!args.log && length <= kMostKept) {
+      if constexpr (kInPlace) {
+        kept = r.out;
+      } else {
+        kept = static_cast<C*>(scratch(Scratch::kThread, length * sizeof(C)));
+      }
+    }
+    for (int64_t begin = 0; highest.any && begin < length; begin += kChunk) {
+      total += sum(r, begin, min(length, begin + kChunk), shift, kept == nullptr ? nullptr : kept + begin);
+    }
+    write(r, 0, length, highest, total, kept);
+  }
+
+  // Few long lines: their chunks are shared out each by itself.
+  void run_chunks(int64_t lines, double work) const {
+    const int64_t length = args.lines.length, chunks = ceil_div(length, kChunk);
+    Carver carver(scratch(Scratch::kShared, lines * chunks * (sizeof(Maximum) + sizeof(C)) + 2 * 64));
+    Maximum* highest = carver.take<Maximum>(lines * chunks);
+    C* sums = carver.take<C>(lines * chunks);
+    const auto for_each_chunk = [&](const auto& body) {
+      parallel_for(lines * chunks, work, [&](int64_t task) {
+        const int64_t begin = task % chunks * kChunk;
+        const Row r = row(task / chunks);
+        body(task, r, begin, min(length, begin + kChunk), kInPlace && !args.log ? exponentials(r, begin) : nullptr);
+      });
+    };
+    for_each_chunk(
+        [&](int64_t task, const Row& r, int64_t begin, int64_t end, C*) { highest[task] = maximum(r, begin, end); });
+    for (int64_t line = 0; line < lines; ++line) {
+      Maximum whole;
+      for (Maximum* m = highest + line * chunks; m < highest + (line + 1) * chunks; ++m) {
+        whole = {m->value > whole.value ? m->value : whole.value, m->any || whole.any};
+      }
+      for (int64_t k = 0; k < chunks; ++k) highest[line * chunks + k] = whole;
+    }
+    for_each_chunk([&](int64_t task, const Row& r, int64_t begin, int64_t end, C* kept) {
+      sums[task] = highest[task].any ? sum(r, begin, end, finite_or_zero(highest[task].value), kept) : C(0);
+    });
+    for (int64_t line = 0; line < lines; ++line) {
+      C* first = sums + line * chunks;
+      for (int64_t k = 1; k < chunks; ++k) *first += first[k];
+    }
+    for_each_chunk([&](int64_t task, const Row& r, int64_t begin, int64_t end, C* kept) {
+      write(r, begin, end, highest[task], sums[task / chunks * chunks], kept);
+    });
+  }
+  static C* exponentials(const Row& r, int64_t begin) {
+    if constexpr (kInPlace) return r.out + begin;
+    return nullptr;
+  }
+
+  void run(double cost) const {
+    const int64_t lines = args.lines.outer, length = args.lines.length, threads = max_threads();
+    const double work = cost * static_cast<double>(lines) * static_cast<double>(length);
+    if (length > kChunk && lines < 4 * threads && threads > 1) return run_chunks(lines, work);
+    // Four pieces a thread even out the load; no smaller than a chunk, which costs more than handing it out.
+    const int64_t group = max(ceil_div(kChunk, max(length, 1)), ceil_div(lines, 4 * threads));
+    parallel_for(ceil_div(lines, group), work, [&](int64_t task) {
+      for (int64_t line = task * group; line < min(lines, (task + 1) * group); ++line) run_line(line);
+    });
   }
 };
 
@@ -364,16 +423,18 @@ struct RowBackward {
   void write(int64_t line, int64_t begin, int64_t end, const C& total) const {
     const Row r = row(line);
     const V sum = V::set1(total);
-    const auto gradient = [&](int64_t j, int lanes) {
-      return rule.gradient(at(r.y, j, lanes), at(r.dy, j, lanes), sum);
+    const auto gradient = [&](int64_t j, auto n) {
+      return rule.gradient(load_n(r.y + j, n), load_n(r.dy + j, n), sum);
+    };
+    const auto put = [&](const auto& value) {
+      for_each_vec<C>(end - begin, [&](int64_t j, auto n) { store_n(r.dx + begin + j, value(begin + j, n), n); });
     };
     if (r.hidden) {
-      write_line(r.dx, begin, end, args.past_caches, [](int64_t, int) { return V::zero(); });
+      put([](int64_t, auto) { return V::zero(); });
     } else if (r.mask == nullptr) {
-      write_line(r.dx, begin, end, args.past_caches, gradient);
+      put(gradient);
     } else {
-      write_line(r.dx, begin, end, args.past_caches,
-                 [&](int64_t j, int lanes) { return seen(r, j, lanes, gradient(j, lanes)); });
+      put([&](int64_t j, auto n) { return seen(r, j, n, gradient(j, n)); });
     }
   }
 };
@@ -443,32 +504,27 @@ struct ColumnBackward {
   }
 };
 
-template <template <typename...> class Rows, template <typename...> class Columns, typename Args, typename... Types>
-void run(const Args& args, double cost) {
-  const Lines& lines = args.lines;
-  if (lines.across == 1) {
-    reduce_lines(Rows<Types...>(args), lines.outer, lines.length, cost);
-  } else {
-    const Columns<Types...> kernel(args);
-    reduce_lines(kernel, lines.outer * kernel.strips, lines.length, cost * kernel.kWidth);
-  }
-  stream_end();
-}
-
 // An exponential is about 12 multiply-adds of a register.
 template <typename T, typename TOut>
 void forward(const SoftmaxArgs& args) {
-  run<RowSoftmax, ColumnSoftmax, SoftmaxArgs, T, TOut>(args, 2.0);
+  constexpr double kCost = 2.0;
+  if (args.lines.across == 1) return RowSoftmax<T, TOut>(args).run(kCost);
+  const ColumnSoftmax<T, TOut> kernel(args);
+  reduce_lines(kernel, args.lines.outer * kernel.strips, args.lines.length, kCost * kernel.kWidth);
 }
 
+template <typename T, typename TGrad, typename Gradient>
+void backward(const SoftmaxBackwardArgs& args) {
+  if (args.lines.across == 1) {
+    return reduce_lines(RowBackward<T, TGrad, Gradient>(args), args.lines.outer, args.lines.length, 1.0);
+  }
+  const ColumnBackward<T, TGrad, Gradient> kernel(args);
+  reduce_lines(kernel, args.lines.outer * kernel.strips, args.lines.length, kernel.kWidth);
+}
 template <typename T, typename TGrad>
 void backward(const SoftmaxBackwardArgs& args) {
   using C = Compute<T>;
-  if (args.log) {
-    run<RowBackward, ColumnBackward, SoftmaxBackwardArgs, T, TGrad, LogSoftmaxGradient<C>>(args, 1.0);
-  } else {
-    run<RowBackward, ColumnBackward, SoftmaxBackwardArgs, T, TGrad, SoftmaxGradient<C>>(args, 1.0);
-  }
+  args.log ? backward<T, TGrad, LogSoftmaxGradient<C>>(args) : backward<T, TGrad, SoftmaxGradient<C>>(args);
 }
 
 }  // namespace

@@ -17,7 +17,6 @@ struct SoftmaxArgs {
   DType out_dtype = DType::kFloat32;  // input_dtype, or float32 for a half
   double scale = 1.0;
   bool log = false;
-  bool past_caches = false;  // out is too large to be found there again
 };
 
 // dinput = scale * p * (dout - sum(p * dout)), or for the logarithm scale * (dout - exp(out) * sum(dout)).
@@ -31,7 +30,6 @@ struct SoftmaxBackwardArgs {
   DType dinput_dtype = DType::kFloat32;  // out_dtype, or a half for float32
   double scale = 1.0;
   bool log = false;
-  bool past_caches = false;
 };
 
 FASTATTN_DECLARE(void softmax(const SoftmaxArgs& args))

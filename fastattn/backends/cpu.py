@@ -158,13 +158,13 @@ class CpuBackend(Backend):
     def softmax(self, call: SoftmaxCall) -> Tensor:
         call = call._replace(input=_with_rows(call.input), mask=_mask_with_rows(call.mask))
         out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
-        kernels().softmax(call, out, False)
+        kernels().softmax(call, out)
         return out
 
     def softmax_backward(self, call: SoftmaxBackwardCall) -> Tensor:
         call = call._replace(out=call.out.contiguous(), dout=call.dout.contiguous(), mask=_mask_with_rows(call.mask))
         dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)
-        kernels().softmax_backward(call, dinput, False)
+        kernels().softmax_backward(call, dinput)
         return dinput
 
 

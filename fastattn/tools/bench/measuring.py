@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +23,7 @@ AUTOMATIC = "auto"
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # A peer that takes so many times as long is timed in a few rounds only: the others get the time.
 _PATIENCE = 4.0
-# A round of seconds varies little, and a few are enough for a median.
-_SLOW_ROUND = 5.0
-_FEWEST_ROUNDS_IF_SLOW, _FEWEST_ROUNDS, _ROUNDS = 3, 5, 2000
+_ROUNDS = 2000
 
 Line = dict[str, Any]
 
@@ -77,14 +74,11 @@ def measure(case: Case, dtype: torch.dtype, settings: Settings) -> list[Line]:
             found = peers.ready(case.workload, asked)
             others |= found.calls
             left_out = found.failed
+        memory = {n: peak_memory(c, settings.device) for n, c in {**calls, **others}.items()}
         everybody = {**calls, **others}
-        start = time.perf_counter()
-        memory = {name: peak_memory(call, settings.device) for name, call in everybody.items()}
-        slow = time.perf_counter() - start > _SLOW_ROUND
         timings = time_in_turns(
             list(everybody.values()),
             budget=settings.budget * len(everybody),
-            min_repeats=_FEWEST_ROUNDS_IF_SLOW if slow else _FEWEST_ROUNDS,
             max_repeats=_ROUNDS,
             patience=_PATIENCE,
             before=[case.before.get(OURS if name in calls else name) for name in everybody],

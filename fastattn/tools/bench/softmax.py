@@ -76,7 +76,7 @@ def _kernel(work: SoftmaxWorkload) -> Callable[[], Tensor]:
     call = softmax_call(work.input, -1, mask=None, scale=1.0, dtype=None, log=work.op == "log_softmax", backend="cpu")
 
     def run() -> Tensor:
-        module.softmax(call, out, False)
+        module.softmax(call, out)
         return out
 
     return run
