@@ -2,8 +2,9 @@
 // each dimension it is broadcast along, and of a relative bias, summed along diagonals.
 //
 // Each sum has one order, whatever the threads: within a tile, then over tiles, then over heads. A bias with a row for
-// each query and a column for each key is added to in place; all other sums are kept a head apart, O(seq_len), in
-// double beyond a tile, and reduced at the end. A bias that is the same for all keys needs no scores: see row_sum().
+// each query and a column for each key is added to in place, or written once, in its own dtype, where no heads share
+// it; all other sums are kept a head apart, O(seq_len), in double beyond a tile, and reduced at the end. A bias that is
+// the same for all keys needs no scores: see row_sum().
 #pragma once
 
 #include "attention_backward.h"
@@ -150,27 +151,42 @@ class BiasGradient {
   int64_t diagonal_room() const { return relative_.data != nullptr ? p_.seq_len_q - 1 + grid_.keys : 0; }
   int64_t band_room() const { return relative_.data != nullptr ? grid_.rows - 1 + grid_.keys : 0; }
 
-  // The first head of those that share a place writes it, the others add to it.
   void add_dense(int64_t batch, int64_t head, Range rows, int64_t tile, Range columns, const C* ds) const {
+    if (is_shared()) return add_shared(batch, head, rows, tile, columns, ds);
+    visit(bias_.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      if constexpr (sizeof(Compute<T>) == sizeof(C)) write_dense<T>(batch, head, rows, tile, columns, ds, true);
+    });
+  }
+
+  // The first head of those that share a place writes it, the others add to it.
+  void add_shared(int64_t batch, int64_t head, Range rows, int64_t tile, Range columns, const C* ds) const {
     const bool per_batch = bias_.stride[0] != 0, per_head = bias_.stride[1] != 0;
     const int64_t slice = (per_batch ? batch : 0) * (per_head ? p_.num_heads_q : 1) + (per_head ? head : 0);
     const int64_t rank = (per_batch ? 0 : batch) * (per_head ? 1 : p_.num_heads_q) + (per_head ? 0 : head);
     int32_t* turn = turns_ + (slice * grid_.blocks + rows.begin / grid_.rows) * grid_.tiles + tile;
+    wait_for_turn(turn, rank);
+    write_dense<C>(batch, head, rows, tile, columns, ds, rank == 0);
+    pass_turn(turn);
+  }
+
+  // Writes a tile, or adds it to what is there; nothing has been written where it is fresh.
+  template <typename T>
+  void write_dense(int64_t batch, int64_t head, Range rows, int64_t tile, Range columns, const C* ds,
+                   bool fresh) const {
     const Range whole{tile * grid_.keys, min(tile * grid_.keys + grid_.keys, p_.seq_len_k)};
-    if (is_shared()) wait_for_turn(turn, rank);
     for (int64_t i = rows.begin; i < rows.end; ++i, ds += grid_.keys) {
-      C* to = row_of<C>(bias_, batch, head, i);
-      if (rank == 0) {
-        for (int64_t j = whole.begin; j < columns.begin; ++j) to[j] = 0;
-        for (int64_t j = columns.end; j < whole.end; ++j) to[j] = 0;
+      T* to = row_of<T>(bias_, batch, head, i);
+      if (fresh) {
+        for (int64_t j = whole.begin; j < columns.begin; ++j) to[j] = T{};
+        for (int64_t j = columns.end; j < whole.end; ++j) to[j] = T{};
       }
       for_each_vec<C>(columns.end - columns.begin, [&](int64_t j, auto n) {
         const Vec<C> x = load_n(ds + j, n);
-        C* at = to + columns.begin + j;
-        store_n(at, rank == 0 ? x : load_n(at, n) + x, n);
+        T* at = to + columns.begin + j;
+        store_n(at, fresh ? x : load_n(at, n) + x, n);
       });
     }
-    if (is_shared()) pass_turn(turn);
   }
 
   // to[b, h, x] = sum of from[b, h, x] over the dimensions that `to` is broadcast along; `count` of x is `length` or 1.
@@ -186,7 +202,12 @@ class BiasGradient {
               for (int64_t i = x; i < (count == 1 ? length : x + 1); ++i) sum += row[i];
             }
           }
-          row_of<C>(to, b, h, 0)[x * stride] = static_cast<C>(sum);
+          visit(to.dtype, [&](auto type) {
+            using T = typename decltype(type)::Type;
+            if constexpr (sizeof(Compute<T>) == sizeof(C)) {
+              store_n(row_of<T>(to, b, h, 0) + x * stride, Vec<C>::set1(static_cast<C>(sum)), 1);
+            }
+          });
         }
       }
     }

@@ -44,11 +44,9 @@ class CpuBackend(Backend):
             torch.empty_like(tensor) if need and tensor is not None else None
             for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
         ]
-        # Gradients of query, key and value are rounded by the kernel; the other sums stay unrounded until here.
-        wide = lse_dtype(call.query.dtype)
         written = [
-            _row_buffer(grad, grad.dtype if i < 3 else wide) if grad is not None else None
-            for i, grad in enumerate(grads)
+            _row_buffer(grad, _written_dtype(call, field, grad)) if grad is not None else None
+            for field, grad in zip(DIFFERENTIABLE, grads, strict=True)
         ]
         dlse = dlse if dlse is None else _kept(dlse)
         kernels().attention_backward(call, _rows(out), _kept(lse), _rows(dout), dlse, *written)
@@ -205,6 +203,16 @@ def _kept(lse: Tensor) -> Tensor:
 def _rows(tensor: Tensor) -> Tensor:
     """Returns ``tensor`` with a contiguous last dimension."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _written_dtype(call: AttentionCall, field: str, grad: Tensor) -> torch.dtype:
+    """Returns the dtype in which the kernel writes a gradient: its own, unless it adds to what it has written."""
+    wide = lse_dtype(call.query.dtype)
+    batch, num_heads_q, seq_len_q, _ = call.query.shape
+    shared = (
+        field == "bias" and grad.shape[2:] == (seq_len_q, call.key.shape[2]) and grad.shape[:2] != (batch, num_heads_q)
+    )
+    return wide if shared or field == "sinks" or lse_dtype(grad.dtype) != wide else grad.dtype
 
 
 def _row_buffer(grad: Tensor, dtype: torch.dtype) -> Tensor:
