@@ -194,6 +194,23 @@ def test_few_queries_against_a_long_cache(isa, rows, group, dtype):
     assert_as_exact_as_eager(found, exact, eager)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_of_the_decode_kernel_does_not_see_those_beside_it(isa, dtype):
+    """Seven heads share a key head, in blocks of 4, 2 and 1: each gets the bits that it gets alone."""
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (
+        torch.randn(1, *shape, generator=generator).to(dtype) for shape in ((7, 1, 136), (1, 777, 136), (1, 777, 200))
+    )
+    call = make_call(query, key, value)
+    out, lse = backend.attention(call)
+    for head in range(7):
+        alone = backend.attention(make_call(query[:, head : head + 1], key, value))
+        assert torch.equal(out[:, head], alone[0][:, 0])
+        assert torch.equal(lse[:, head], alone[1][:, 0])
+    exact, eager = ({"out": formula.attention(c)[0]} for c in (in_float64(call), call))
+    assert_as_exact_as_eager({"out": out}, exact, eager)
+
+
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_same_bits_at_every_thread_count(isa, heads):
     generator = torch.Generator().manual_seed(2)

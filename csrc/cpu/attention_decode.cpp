@@ -18,6 +18,12 @@ namespace {
 
 constexpr int64_t kPiece = 512;  // keys a task: 128 KiB of float32 at head_dim 64, and a multiple of 64
 
+// A number of rows as a type.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 template <typename C>
 class Decode {
  public:
@@ -102,30 +108,79 @@ class Decode {
     });
   }
 
-  // s[r, j] = q[r] . k[j] for `width` keys: kWidth keys at a time, each with an accumulator along head_dim, which one
-  // transposition then adds up. The keys of a step stay in the first cache for all rows.
+  // s[r, j] = q[r] . k[j] for `width` keys, kWidth of them at a time, which stay in the first cache for all rows.
   template <typename T>
   void multiply_keys(C* s, const C* q, const T* k, int64_t width) const {
     constexpr int W = Vec<C>::kWidth;
     const int64_t stride = p_.k.stride[2];
     for (int64_t j = 0; j < width; j += W) {
       const T* keys[W];  // past the end the last key stands in; the mask hides what it gives
-      for (int k_index = 0; k_index < W; ++k_index) keys[k_index] = k + min(j + k_index, width - 1) * stride;
-      for (int64_t r = 0; r < rows_; ++r) {
-        const C* query = q + r * p_.head_dim;
-        Vec<C> sum[W];
+      for (int i = 0; i < W; ++i) keys[i] = k + min(j + i, width - 1) * stride;
+      for_each_rows([&](int64_t r, auto count) {
+        constexpr int R = decltype(count)::value;
+        for (int i = 0; i < W; i += W / R) {
+          multiply_key_tile<R>(s + r * kPiece + j + i, q + r * p_.head_dim, keys + i, r == 0);
+        }
+      });
+    }
+  }
+
+  // R rows against kWidth / R keys: an accumulator each along head_dim, so that a key is loaded and widened once for R
+  // rows and there are kWidth chains of FMAs.
+  template <int R, typename T>
+  void multiply_key_tile(C* s, const C* q, const T* const* keys, bool first) const {
+    constexpr int W = Vec<C>::kWidth, K = W / R;
+    static_assert(K >= 1);
+    const int64_t ahead = first ? W * p_.k.stride[2] : 0;
+    Vec<C> sum[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) sum[i] = Vec<C>::zero();
-        for_each_vec<C>(p_.head_dim, [&](int64_t d, auto n) {
-          const Vec<C> x = load_n(query + d, n);
+    for (int i = 0; i < W; ++i) sum[i] = Vec<C>::zero();
+    for_each_vec<C>(p_.head_dim, [&](int64_t d, auto n) {
+      Vec<C> x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = load_n(q + r * p_.head_dim + d, n);
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) sum[i] = fma(x, load_as_n<C>(keys[i] + d, n), sum[i]);
-        });
-        transpose<C>(sum);
-        Vec<C> total = sum[0];
-#pragma GCC unroll 16
-        for (int i = 1; i < W; ++i) total = total + sum[i];
-        store(s + r * kPiece + j, total);
+      for (int i = 0; i < K; ++i) {
+        if (first) __builtin_prefetch(keys[i] + ahead + d);
+        const Vec<C> key = load_as_n<C>(keys[i] + d, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r * K + i] = fma(x[r], key, sum[r * K + i]);
+      }
+    });
+    fold<W / 2>(sum);
+    C total[W];
+    store(total, sum[0]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * kPiece, total + r * K, K * sizeof(C));
+  }
+
+  // Leaves in lane i of sum[0] the sum of the lanes of sum[i], by halves: 2 shuffles an addition, 30 where a
+  // transposition takes 64.
+  template <int Half>
+  static void fold(Vec<C>* sum) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Half; ++i) {
+      Vec<C> low, high;
+      interleave(sum[i], sum[i + Half], &low, &high);
+      sum[i] = low + high;
+    }
+    if constexpr (Half > 1) fold<Half / 2>(sum);
+  }
+
+  // Calls body(r, count) for blocks of 4, 2 and 1 rows, but no more than a register has lanes; the count is a type.
+  template <typename Body>
+  void for_each_rows(const Body& body) const {
+    for (int64_t r = 0; r < rows_;) {
+      constexpr int kMost = Vec<C>::kWidth < 4 ? 2 : 4;
+      if (rows_ - r >= kMost) {
+        body(r, Count<kMost>());
+        r += kMost;
+      } else if (rows_ - r >= 2) {
+        body(r, Count<2>());
+        r += 2;
+      } else {
+        body(r, Count<1>());
+        r += 1;
       }
     }
   }
@@ -133,35 +188,30 @@ class Decode {
   // out[r] = sum_j s[r, j] v[j]; out rows are pieces_ * partial_size() apart.
   template <typename T>
   void multiply_values(C* out, const C* s, const T* v, int64_t batch, int64_t kv_head, Range columns) const {
-    for (int64_t r = 0; r < rows_;) {
-      const int64_t left = rows_ - r;
-      const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      C* to = out + r * pieces_ * partial_size();
-      bool finite;
-      if (step == 4) {
-        finite = multiply_rows<4>(to, s + r * kPiece, v, columns.end - columns.begin);
-      } else if (step == 2) {
-        finite = multiply_rows<2>(to, s + r * kPiece, v, columns.end - columns.begin);
-      } else {
-        finite = multiply_rows<1>(to, s + r * kPiece, v, columns.end - columns.begin);
-      }
+    for_each_rows([&](int64_t r, auto count) {
+      constexpr int R = decltype(count)::value;
+      if (multiply_rows<R>(out + r * pieces_ * partial_size(), s + r * kPiece, v, columns.end - columns.begin)) return;
       // 0 * NaN is NaN: when anything came out non-finite, invisible values are left out one by one.
-      for (int64_t i = r; !finite && i < r + step; ++i) {
+      for (int64_t i = r; i < r + R; ++i) {
         const Mask mask(p_, batch, kv_head * group_size_ + i / p_.seq_len_q);
         multiply_visible(out + i * pieces_ * partial_size(), s + i * kPiece, v, mask, i % p_.seq_len_q, columns);
       }
-      r += step;
-    }
+    });
   }
 
-  // Returns whether all results are finite. Four vectors of four rows are 16 chains of FMAs.
+  // Returns whether all results are finite. Four vectors of four rows are 16 chains of FMAs; a single row takes eight
+  // vectors, so that at head_dim 128 of 512-bit registers it reads a value from end to end.
   template <int R, typename T>
   bool multiply_rows(C* out, const C* s, const T* v, int64_t width) const {
     constexpr int W = Vec<C>::kWidth;
     Vec<C> poison = Vec<C>::zero();
     int64_t d = 0;
-    for (; d + 4 * W <= p_.head_dim_v; d += 4 * W)
+    for (; R == 1 && d + 8 * W <= p_.head_dim_v; d += 8 * W) {
+      multiply_columns<R, 8>(out + d, s, v + d, width, AllLanes<C>(), &poison);
+    }
+    for (; d + 4 * W <= p_.head_dim_v; d += 4 * W) {
       multiply_columns<R, 4>(out + d, s, v + d, width, AllLanes<C>(), &poison);
+    }
     for (; d + W <= p_.head_dim_v; d += W) multiply_columns<R, 1>(out + d, s, v + d, width, AllLanes<C>(), &poison);
     if (d < p_.head_dim_v) {
       multiply_columns<R, 1>(out + d, s, v + d, width, static_cast<int>(p_.head_dim_v - d), &poison);
@@ -173,26 +223,30 @@ class Decode {
   template <int R, int V, typename T, typename Lanes>
   void multiply_columns(C* out, const C* s, const T* v, int64_t width, Lanes n, Vec<C>* poison) const {
     constexpr int W = Vec<C>::kWidth;
+    const int64_t ahead = W * p_.v.stride[2];
     Vec<C> sum[R][V];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < V; ++i) sum[r][i] = Vec<C>::zero();
     }
     for (int64_t j = 0; j < width; ++j, v += p_.v.stride[2]) {
       Vec<C> value[V];
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) value[i] = load_as_n<C>(v + i * W, n);
+#pragma GCC unroll 8
+      for (int i = 0; i < V; ++i) {
+        __builtin_prefetch(v + i * W + ahead);
+        value[i] = load_as_n<C>(v + i * W, n);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<C> weight = Vec<C>::set1(s[r * kPiece + j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < V; ++i) {
         store(out + r * pieces_ * partial_size() + i * W, sum[r][i]);
         *poison = fma(sum[r][i], Vec<C>::zero(), *poison);

@@ -17,6 +17,7 @@ from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear as linear_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall
+from fastattn.spec.checks import empty_contiguous
 from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
@@ -75,7 +76,7 @@ class CpuBackend(Backend):
         if call.input.dtype == torch.float64:
             return blocked.feed_forward_backward(call, dout, needed)
         grads = [
-            t.new_empty(t.shape) if need and t is not None else None
+            empty_contiguous(t) if need and t is not None else None
             for t, need in zip((getattr(call, f) for f in feed_forward_spec.DIFFERENTIABLE), needed, strict=True)
         ]
         dinput = None if grads[0] is None else grads[0].view(call.num_tokens, -1)
@@ -135,7 +136,7 @@ class CpuBackend(Backend):
         columns = call.input.numel() // call.rstd.numel()
         tensors = (call.input, call.weight, call.bias)
         grads = [
-            t.new_empty(t.shape) if t is not None and need else None
+            empty_contiguous(t) if t is not None and need else None
             for t, need in zip(tensors, call.needed, strict=True)
         ]
         dinput, dweight, dbias = grads
@@ -197,7 +198,8 @@ def product_dtype(flags: Collection[str], dtype: torch.dtype) -> torch.dtype:
 
 def _kept(lse: Tensor) -> Tensor:
     """Returns lse, or its gradient, as the kernels take it; a user of the op may hand in a float32 one."""
-    return lse.to(kept_lse_dtype(lse.device)).contiguous()
+    dtype = kept_lse_dtype(lse.device)
+    return lse if lse.dtype == dtype and lse.is_contiguous() else lse.to(dtype).contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def define(
     Args:
         name: of the op.
         schema: arguments and results, as in "(Tensor x, float y) -> Tensor".
-        kernel: computes the op on any device (it asks ``_dispatch.choose`` for a backend).
+        kernel: computes the op on any device (it asks ``_dispatch.choose`` for a backend).  In a list of results it may
+            return None for one that is not wanted; the dispatcher, which has no such thing, gets an empty tensor.
         fake: returns uninitialised results of the right shapes, dtypes and strides.
         function: its first-order derivative; without one the op is not differentiable.
         autocast: True casts floating inputs to the autocast dtype where autocast is on; either way it is off inside.
@@ -38,7 +39,7 @@ def define(
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastattn, name).default
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_none(kernel) if schema.endswith("Tensor[]") else kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)
 
     if function is None:
@@ -60,7 +61,7 @@ def define(
     return call
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype))
 
 
 def _is_plain_eager(args: tuple[Any, ...]) -> bool:
@@ -76,6 +77,10 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     first = args[0]
     return (first.is_cpu or first.is_cuda) and _PLAIN.issuperset(map(type, args))
+
+
+def _without_none(kernel: Callable[..., list[Tensor | None]]) -> Callable[..., list[Tensor]]:
+    return lambda *args: [args[0].new_empty(0) if result is None else result for result in kernel(*args)]
 
 
 def _autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable[..., Any]:

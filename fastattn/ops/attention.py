@@ -242,16 +242,14 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return empty_output(AttentionCall(*args))
 
 
-def _backward_kernel(*args: Any) -> list[Tensor]:
+def _backward_kernel(*args: Any) -> list[Tensor | None]:
     call = AttentionCall(*args[:_NUM_FIELDS])
     out, lse, dout, dlse, needed = args[_NUM_FIELDS:]
     if call.is_empty:
         # A sink's gradient is that of its lse: the formula covers it.
-        found = gradients(lambda c: formula.attention(c), call, DIFFERENTIABLE, needed, _grad_outputs(lse, dout, dlse))
-    else:
-        backend = _dispatch.choose("attention_backward", call)
-        found = backend.attention_backward(call, out, lse, dout, dlse, needed)  # type: ignore[attr-defined]
-    return [call.query.new_empty(0) if g is None else g for g in found]
+        return gradients(lambda c: formula.attention(c), call, DIFFERENTIABLE, needed, _grad_outputs(lse, dout, dlse))
+    backend = _dispatch.choose("attention_backward", call)
+    return backend.attention_backward(call, out, lse, dout, dlse, needed)  # type: ignore[attr-defined]
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
@@ -282,7 +280,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         call = AttentionCall(*tensors, *ctx.numbers)
-        needed = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE_AT]
+        wanted = ctx.needs_input_grad
+        needed = [wanted[k] for k in _DIFFERENTIABLE_AT]
         if dout is None and dlse is None:
             return (None,) * _NUM_FIELDS
         if dout is None:

@@ -117,14 +117,13 @@ def _fake(*args: Any) -> Tensor:
     return empty_output(FeedForwardCall(*args))
 
 
-def _backward_kernel(*args: Any) -> list[Tensor]:
+def _backward_kernel(*args: Any) -> list[Tensor | None]:
     call = FeedForwardCall(*args[:_NUM_FIELDS])
     dout, needed = args[_NUM_FIELDS:]
     if call.num_tokens == 0:
         return [g.zero_() for g in _backward_fake(*args)]
     backend = _dispatch.choose("feed_forward_backward", call)
-    found = backend.feed_forward_backward(call, dout, needed)  # type: ignore[attr-defined]
-    return [call.input.new_empty(0) if g is None else g for g in found]
+    return backend.feed_forward_backward(call, dout, needed)  # type: ignore[attr-defined]
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

@@ -107,12 +107,11 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_outputs(NormCall(*args))
 
 
-def _backward_kernel(*args: Any) -> list[Tensor]:
+def _backward_kernel(*args: Any) -> list[Tensor | None]:
     call = NormBackwardCall(*args)
     if call.input.numel() == 0:
         return [g.zero_() for g in _backward_fake(*args)]
-    found = _dispatch.choose("norm_backward", call).norm_backward(call)  # type: ignore[attr-defined]
-    return [call.input.new_empty(0) if g is None else g for g in found]
+    return _dispatch.choose("norm_backward", call).norm_backward(call)  # type: ignore[attr-defined]
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.spec.attention import lse_dtype
-from fastattn.spec.checks import check_finite, check_like, check_shape, check_tensor
+from fastattn.spec.checks import check_finite, check_like, check_shape, check_tensor, empty_contiguous
 
 
 class NormCall(NamedTuple):
@@ -109,11 +109,12 @@ def empty_outputs(call: NormCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns uninitialised ``(out, total, mean, rstd)``; ``total`` is empty without a residual, ``mean`` for rms."""
     like = call.input
     statistics = lse_dtype(like.dtype)
+    rstd = like.new_empty(call.lead, dtype=statistics)
     return (
-        like.new_empty(like.shape),
-        like.new_empty(0 if call.residual is None else like.shape),
-        like.new_empty(0 if call.rms else call.lead, dtype=statistics),
-        like.new_empty(call.lead, dtype=statistics),
+        empty_contiguous(like),
+        like.new_empty(0) if call.residual is None else empty_contiguous(like),
+        like.new_empty(0, dtype=statistics) if call.rms else torch.empty_like(rstd),
+        rstd,
     )
 
 
