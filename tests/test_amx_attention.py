@@ -27,6 +27,10 @@ def amx() -> Iterator[None]:
     _cpu.set_isa(before)
 
 
+# Queries and keys of which AMX serves a call, with 64 elements of key and value together.
+SERVED = {torch.bfloat16: (70, 90), torch.float16: (70, 90), torch.float32: (270, 250)}
+
+
 def edge_case(seed: int, smallest: int = 1, smallest_dim: int = 1) -> Case:
     """Returns a call whose sizes lie at the edges of tiles, with features drawn at random."""
     rng = np.random.default_rng(1000 + seed)
@@ -54,7 +58,8 @@ def edge_case(seed: int, smallest: int = 1, smallest_dim: int = 1) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(30))
 def test_edges_of_tiles(seed: int, dtype: torch.dtype) -> None:
-    case = edge_case(seed) if dtype == torch.bfloat16 else edge_case(seed, 64, 32)
+    smallest = {torch.bfloat16: (1, 1), torch.float16: (64, 32), torch.float32: (256, 32)}
+    case = edge_case(seed, *smallest[dtype])
     found = run(inputs(case, dtype).to(dtype), "cpu")
     assert_as_exact_as_eager(found, case, dtype)
 
@@ -63,7 +68,8 @@ def test_edges_of_tiles(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("which", ["queries", "keys"])
 def test_each_length(length: int, which: str, dtype: torch.dtype) -> None:
-    seq_len = (length, 100) if which == "queries" else (100, length)
+    other = 520 if dtype == torch.float32 and length >= 64 else 100
+    seq_len = (length, other) if which == "queries" else (other, length)
     case = Case(batch=1, heads=(2, 1), seq_len=seq_len, head_dim=(64, 64))
     found = run(inputs(case, dtype).to(dtype), "cpu")
     assert_as_exact_as_eager(found, case, dtype)
@@ -116,7 +122,7 @@ def bits(given: Inputs, isa: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), 3.4e38, 1e30])
 def test_what_has_no_pieces_is_left_to_avx512(where: str, size: float, dtype: torch.dtype) -> None:
-    case = Case(batch=1, heads=(2, 2), seq_len=(70, 90), head_dim=(40, 24), mask="causal")
+    case = Case(batch=1, heads=(2, 2), seq_len=SERVED[dtype], head_dim=(40, 24), mask="causal")
     results = []
     for isa in ("amx", "avx512"):
         given = inputs(case, dtype).to(dtype)
@@ -131,7 +137,7 @@ def test_what_has_no_pieces_is_left_to_avx512(where: str, size: float, dtype: to
 @pytest.mark.parametrize("size", [1e-30, 1e-38])
 def test_very_small_numbers(where: str, size: float) -> None:
     """Tiles take the last pieces of very small numbers for 0: what is left of them would be bfloat16."""
-    case = Case(batch=1, heads=(2, 2), seq_len=(70, 90), head_dim=(40, 24))
+    case = Case(batch=1, heads=(2, 2), seq_len=SERVED[torch.float32], head_dim=(40, 24))
     plain = run(inputs(case, torch.float32).to(torch.float32), "cpu").named()
     given = inputs(case, torch.float32).to(torch.float32)
     with torch.no_grad():
@@ -144,7 +150,7 @@ def test_very_small_numbers(where: str, size: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_large_scores_are_left_to_avx512(dtype: torch.dtype) -> None:
     """Scores whose rounding is a factor: forward and backward must round them alike."""
-    case = Case(seq_len=(70, 90), head_dim=(64, 64), softmax_scale=1e6)
+    case = Case(seq_len=SERVED[dtype], head_dim=(64, 64), softmax_scale=1e6)
     given = inputs(case, dtype)
     amx, avx512 = (bits(given.to(dtype), isa) for isa in ("amx", "avx512"))
     for name, tensor in amx.items():
@@ -158,12 +164,13 @@ def test_who_is_served() -> None:
     for case, dtype, served in (
         (long, torch.bfloat16, True),
         (long, torch.float16, True),
-        (long, torch.float32, True),
+        (long, torch.float32, False),
+        (Case(seq_len=(270, 250), head_dim=(48, 40)), torch.float32, True),
         (single, torch.bfloat16, False),
         (short, torch.bfloat16, True),
         (short, torch.float16, False),
         (short, torch.float32, False),
-        (Case(seq_len=(70, 90), head_dim=(16, 40)), torch.float32, False),
+        (Case(seq_len=(270, 310), head_dim=(16, 40)), torch.float32, False),
         (single, torch.float16, False),
         (single, torch.float32, False),
     ):
