@@ -94,22 +94,10 @@ AttentionProblem read_attention(const py::tuple& call) {
   const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
   const TensorInfo q = read_tensor(field(kQuery)), k = read_tensor(field(kKey)), v = read_tensor(field(kValue));
   AttentionProblem p;
-  p.batch = q.size[0];
-  p.num_heads_q = q.size[1];
-  p.seq_len_q = q.size[2];
-  p.head_dim = q.size[3];
-  p.num_heads_kv = k.size[1];
-  p.seq_len_k = k.size[2];
-  p.head_dim_v = v.size[3];
   // A last line against writing out of bounds; users get their messages from fastattn.spec.
-  const bool fits = q.dims == 4 && k.dims == 4 && v.dims == 4 && k.size[0] == p.batch && v.size[0] == p.batch &&
-                    v.size[1] == p.num_heads_kv && v.size[2] == p.seq_len_k && k.size[3] == p.head_dim &&
-                    p.num_heads_kv > 0 && p.num_heads_q % p.num_heads_kv == 0 && k.dtype == q.dtype &&
-                    v.dtype == q.dtype;
-  if (!fits) throw std::invalid_argument("the shapes or dtypes of query, key and value do not fit each other");
-  p.q = to_view(q);
-  p.k = to_view(k);
-  p.v = to_view(v);
+  if (!set_operands(q, k, v, &p)) {
+    throw std::invalid_argument("the shapes or dtypes of query, key and value do not fit each other");
+  }
   p.softmax_scale = PyFloat_AsDouble(field(kSoftmaxScale).ptr());
   p.softcap = PyFloat_AsDouble(field(kSoftcap).ptr());
   p.mask.diag_lo = PyLong_AsLongLong(field(kDiagLo).ptr());

@@ -147,17 +147,7 @@ Outcome attention(Reader& read, py::object* result) {
   if (!read.tensor(0, &q) || !read.tensor(1, &k) || !read.tensor(2, &v)) return Outcome::kDeclined;
   AttentionForwardArgs args;
   AttentionProblem& p = args.problem;
-  p.batch = q.size[0];
-  p.num_heads_q = q.size[1];
-  p.seq_len_q = q.size[2];
-  p.head_dim = q.size[3];
-  p.num_heads_kv = k.size[1];
-  p.seq_len_k = k.size[2];
-  p.head_dim_v = v.size[3];
-  bool plain = q.dims == 4 && k.dims == 4 && v.dims == 4 && k.dtype == q.dtype && v.dtype == q.dtype &&
-               k.size[0] == p.batch && v.size[0] == p.batch && v.size[1] == p.num_heads_kv &&
-               v.size[2] == p.seq_len_k && k.size[3] == p.head_dim && p.head_dim_v == p.head_dim &&
-               p.num_heads_kv > 0 && p.num_heads_q % p.num_heads_kv == 0 && is_small(q) && count(v) > 0 &&
+  bool plain = set_operands(q, k, v, &p) && p.head_dim_v == p.head_dim && is_small(q) && count(v) > 0 &&
                q.stride[3] == 1 && k.stride[3] == 1 && v.stride[3] == 1;
   // empty_like keeps the order of the query's dimensions, its last one innermost.
   for (int i = 0; i < 3; ++i) plain = plain && (q.size[i] == 1 || q.stride[i] >= p.head_dim);
@@ -174,9 +164,6 @@ Outcome attention(Reader& read, py::object* result) {
   if (read.unless_gradient() != Outcome::kDone) return Outcome::kGradient;
 
   *result = empty_like(read.object(0));
-  p.q = to_view(q);
-  p.k = to_view(k);
-  p.v = to_view(v);
   args.out = to_view(read_tensor(*result));
   const std::unique_ptr<double[]> lse(new double[static_cast<size_t>(p.batch * p.num_heads_q * p.seq_len_q)]);
   args.lse = lse.get();

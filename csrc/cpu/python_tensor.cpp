@@ -83,4 +83,21 @@ View to_view(const TensorInfo& info) {
   return view;
 }
 
+bool set_operands(const TensorInfo& q, const TensorInfo& k, const TensorInfo& v, AttentionProblem* problem) {
+  AttentionProblem& p = *problem;
+  p.batch = q.size[0];
+  p.num_heads_q = q.size[1];
+  p.seq_len_q = q.size[2];
+  p.head_dim = q.size[3];
+  p.num_heads_kv = k.size[1];
+  p.seq_len_k = k.size[2];
+  p.head_dim_v = v.size[3];
+  p.q = to_view(q);
+  p.k = to_view(k);
+  p.v = to_view(v);
+  return q.dims == 4 && k.dims == 4 && v.dims == 4 && k.dtype == q.dtype && v.dtype == q.dtype &&
+         k.size[0] == p.batch && v.size[0] == p.batch && v.size[1] == p.num_heads_kv && v.size[2] == p.seq_len_k &&
+         k.size[3] == p.head_dim && p.num_heads_kv > 0 && p.num_heads_q % p.num_heads_kv == 0;
+}
+
 }  // namespace fastattn

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "common.h"
 
 namespace fastattn {
@@ -34,6 +35,11 @@ pybind11::object call_method(pybind11::handle object, PyObject* name);
 DType read_dtype(pybind11::handle tensor);
 TensorInfo read_tensor(pybind11::handle tensor);  // std::invalid_argument for more than four dimensions
 View to_view(const TensorInfo& info);
+
+// Fills the sizes and the views of an attention problem from query [batch, num_heads_q, seq_len_q, head_dim], key
+// [batch, num_heads_kv, seq_len_k, head_dim] and value [batch, num_heads_kv, seq_len_k, head_dim_v]; false where their
+// shapes or dtypes do not fit each other.
+bool set_operands(const TensorInfo& q, const TensorInfo& k, const TensorInfo& v, AttentionProblem* problem);
 
 // Address of a contiguous tensor that may be None.
 template <typename T>

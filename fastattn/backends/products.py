@@ -44,7 +44,7 @@ def multiplies_on_tiles(isa: str, dtype: torch.dtype, rows: int, columns: int, d
 def fuses_on_tiles(isa: str, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the feed-forward as one op is faster than as two linear layers whose hidden activation is kept.
 
-    On AMX it is 1.3 to 1.7 x as fast as PyTorch's two, with gradients too, for which it computes the activation again.
+    On AMX it is (``benchmarks/results``), with gradients too, for which it computes the activation again.
 
     Args:
         isa: the instruction set in use, as ``fastattn._cpu.isa()`` names it.

@@ -25,13 +25,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -
     """A linear layer whose result comes in parts: ``input @ weight^T + bias``, cut along its last dimension.
 
     Args:
-        input: [..., in_dim].
-        weight: [out_dim, in_dim], as ``nn.Linear`` stores it.
-        bias: [out_dim] or None.
+        input: [..., in_dim], of a floating dtype.
+        weight: [out_dim, in_dim], as ``nn.Linear`` stores it, in input's dtype.
+        bias: [out_dim] in input's dtype, or None.
         parts: how many tensors to return; it divides out_dim.
 
     Returns:
-        ``parts`` tensors [..., out_dim / parts].
+        ``parts`` tensors [..., out_dim / parts] in input's dtype.
+
+    Raises:
+        ValueError: shapes do not fit; a RuntimeError, of ``F.linear``, where that does the work.
+        TypeError: dtypes or devices do not fit; likewise.
 
     Differs from ``F.linear``, which does the work wherever it is as fast: each part has memory of its own, so that
     neither the parts nor, in the backward, their gradients are copied.
