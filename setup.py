@@ -26,8 +26,18 @@ CPU_DIR = ROOT / "csrc" / "cpu"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Everything else is a kernel.
-COMPILED_ONCE = ("bindings", "isa", "lines", "pages", "parallel", "plain_calls", "python_tensor", "scratch")
-KNOW_PYTHON = ("bindings", "plain_calls", "python_tensor")
+COMPILED_ONCE = (
+    "bindings",
+    "isa",
+    "lines",
+    "pages",
+    "parallel",
+    "plain_calls",
+    "plain_gradients",
+    "python_tensor",
+    "scratch",
+)
+KNOW_PYTHON = ("bindings", "plain_calls", "plain_gradients", "python_tensor")
 
 # Flags of each instruction set; "portable" is whatever the compiler takes as its baseline.
 ISAS: dict[str, list[str]] = {"portable": []}

@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_declined_without_an_error(case):
 def test_gradients_are_wanted_only_where_they_are_enabled(op):
     x = torch.ones(2, 2, 4, 8, requires_grad=True)
     call = _calls(x)[op]
-    assert call() is True
+    assert type(call()) is list
     with torch.no_grad():
         assert isinstance(call(), torch.Tensor)
     with torch.inference_mode():

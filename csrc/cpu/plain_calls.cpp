@@ -6,31 +6,23 @@
 // Whatever is not, be it wrong or only unusual, is declined: the long way, through fastattn.spec and the dispatcher,
 // serves it or says what is wrong with it. So no message is written here, and nothing that is declined has had an
 // effect.
+//
+// Python gets None where a call is declined, and a list where an argument wants a gradient: the results, then what
+// else the gradient's call is to be given. Autograd's node, a torch.autograd.Function, is left to Python.
 #include "plain_calls.h"
 
-#include <cmath>
 #include <memory>
 #include <new>
 
 #include "attention_forward.h"
-#include "feed_forward.h"
 #include "isa.h"
 #include "lines.h"
-#include "norm.h"
-#include "python_tensor.h"
+#include "plain_call.h"
 #include "softmax.h"
 
 namespace py = pybind11;
 
-namespace fastattn {
-namespace {
-
-// What is left of a call: its result, or who is to serve it.
-enum class Outcome {
-  kDone,
-  kDeclined,  // Python gets None
-  kGradient,  // everything is right, but an argument wants a gradient: Python gets True
-};
+namespace fastattn::plain {
 
 bool is_true(PyObject* function) {
   const auto result = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function));
@@ -44,94 +36,16 @@ py::object attribute(PyObject* object, PyObject* name) {
   return result;
 }
 
-// Whether the op would meet nobody: `_registry._is_plain_eager` and `_dispatch.needs_reference_derivatives`.
-bool is_plain_eager() {
-  if (is_true(python.dispatch_modes) || is_true(python.function_modes) || is_true(python.autocast) ||
-      is_true(python.functorch) || is_true(python.tracing_state)) {
-    return false;
-  }
-  return attribute(python.profiler, python.profiler_flag).ptr() == Py_False &&
-         PyLong_AsLong(attribute(python.forward_ad, python.forward_ad_level).ptr()) < 0;
-}
-
-// Reads the arguments of one call and notices whether any wants a gradient.
-class Reader {
- public:
-  explicit Reader(PyObject* const* args) : args_(args), grad_enabled_(is_true(python.is_grad_enabled)) {}
-
-  bool is_none(int at) const { return args_[at] == Py_None; }
-  PyObject* object(int at) const { return args_[at]; }
-
-  // False for what is no plain floating tensor.
-  bool tensor(int at, TensorInfo* info) {
-    PyObject* object = args_[at];
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != python.tensor_type && type != python.parameter_type) return false;
-    if (attribute(object, python.is_cpu).ptr() != Py_True) return false;
-    if (attribute(object, python.layout).ptr() != python.strided) return false;
-    *info = read_tensor(object);
-    if (grad_enabled_) wants_gradient_ |= attribute(object, python.requires_grad).ptr() == Py_True;
-    // What is no float reads as float32.
-    return info->dtype != DType::kFloat32 || attribute(object, python.dtype).ptr() == python.dtypes[0];
-  }
-
-  // The readers of numbers are false also for one that does not fit, which has then raised.
-  bool finite(int at, double* value) const {
-    PyObject* object = args_[at];
-    if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
-    *value = PyFloat_AsDouble(object);
-    return !PyErr_Occurred() && std::isfinite(*value);
-  }
-
-  bool integer(int at, int64_t* value) const {
-    if (!PyLong_CheckExact(args_[at])) return false;
-    *value = PyLong_AsLongLong(args_[at]);
-    return !PyErr_Occurred();
-  }
-
-  bool is_zero(int at) const {
-    double value = 1;
-    return finite(at, &value) && value == 0;
-  }
-
-  // A side of a window: sums of it with positions cannot overflow. None leaves `value` alone.
-  bool side(int at, int64_t* value) const {
-    constexpr int64_t kWidest = int64_t{1} << 61;
-    return is_none(at) || (integer(at, value) && *value >= 0 && *value < kWidest);
-  }
-
-  Outcome unless_gradient() const { return wants_gradient_ ? Outcome::kGradient : Outcome::kDone; }
-
- private:
-  PyObject* const* args_;
-  const bool grad_enabled_;
-  bool wants_gradient_ = false;
-};
-
-int64_t count(const TensorInfo& info) {
-  int64_t n = 1;
-  for (int i = 0; i < info.dims; ++i) n *= info.size[i];
-  return n;
-}
-
-// Whether a result like this is there and small. For a large one allocation is more than a call (pages.h), and the time
-// that Python takes is nothing beside the kernel's.
-bool is_small(const TensorInfo& info) { return count(info) > 0 && count(info) <= 1 << 17; }
-
-bool is_contiguous(const TensorInfo& info) {
-  int64_t stride = 1;
-  for (int i = info.dims - 1; i >= 0; stride *= info.size[i--]) {
-    if (info.size[i] != 1 && info.stride[i] != stride) return false;
-  }
-  return true;
-}
-
-bool same_size(const TensorInfo& a, const TensorInfo& b) {
-  if (a.dims != b.dims) return false;
-  for (int i = 0; i < a.dims; ++i) {
-    if (a.size[i] != b.size[i]) return false;
-  }
-  return true;
+bool Reader::tensor(int at, TensorInfo* info) {
+  PyObject* object = args_[at];
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != python.tensor_type && type != python.parameter_type) return false;
+  if (attribute(object, python.is_cpu).ptr() != Py_True) return false;
+  if (attribute(object, python.layout).ptr() != python.strided) return false;
+  *info = read_tensor(object);
+  if (grad_enabled_) wants_gradient_ |= attribute(object, python.requires_grad).ptr() == Py_True;
+  // What is no float reads as float32.
+  return info->dtype != DType::kFloat32 || attribute(object, python.dtype).ptr() == python.dtypes[0];
 }
 
 py::object empty_like(PyObject* tensor) {
@@ -140,121 +54,69 @@ py::object empty_like(PyObject* tensor) {
   return result;
 }
 
-// attention(query, key, value, left, right, bottom_right, softmax_scale, dropout_p, grouped) -> out; left, right and
-// softmax_scale may be None, as in masks.Window and ops.attention; `grouped` lets query heads share a key head.
-Outcome attention(Reader& read, py::object* result) {
+py::object empty(std::initializer_list<int64_t> size, DType dtype) {
+  py::tuple shape(size.size());
+  size_t i = 0;
+  for (const int64_t n : size) shape[i++] = n;
+  PyObject* args[] = {shape.ptr(), python.dtypes[static_cast<int>(dtype)]};
+  auto result = py::reinterpret_steal<py::object>(PyObject_Vectorcall(python.empty, args, 1, python.dtype_keyword));
+  if (!result) throw py::error_already_set();
+  return result;
+}
+
+bool read_attention(Reader& read, AttentionProblem* problem) {
   TensorInfo q, k, v;
-  if (!read.tensor(0, &q) || !read.tensor(1, &k) || !read.tensor(2, &v)) return Outcome::kDeclined;
-  AttentionForwardArgs args;
-  AttentionProblem& p = args.problem;
+  if (!read.tensor(0, &q) || !read.tensor(1, &k) || !read.tensor(2, &v)) return false;
+  AttentionProblem& p = *problem;
   bool plain = set_operands(q, k, v, &p) && p.head_dim_v == p.head_dim && is_small(q) && count(v) > 0 &&
                q.stride[3] == 1 && k.stride[3] == 1 && v.stride[3] == 1;
   // empty_like keeps the order of the query's dimensions, its last one innermost.
   for (int i = 0; i < 3; ++i) plain = plain && (q.size[i] == 1 || q.stride[i] >= p.head_dim);
-  if (!plain) return Outcome::kDeclined;
+  if (!plain) return false;
 
-  const int64_t offset = read.object(5) == Py_True ? p.seq_len_k - p.seq_len_q : 0;
+  const int64_t offset = read.is_true_object(5) ? p.seq_len_k - p.seq_len_q : 0;
   int64_t left = 0, right = 0;
-  if (!read.side(3, &left) || !read.side(4, &right)) return Outcome::kDeclined;
+  if (!read.side(3, &left) || !read.side(4, &right)) return false;
   if (!read.is_none(3)) p.mask.diag_lo = offset - left;
   if (!read.is_none(4)) p.mask.diag_hi = offset + right;
   p.softmax_scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
-  if (!read.is_none(6) && !read.finite(6, &p.softmax_scale)) return Outcome::kDeclined;
-  if (!read.is_zero(7) || (read.object(8) != Py_True && p.num_heads_q != p.num_heads_kv)) return Outcome::kDeclined;
-  if (read.unless_gradient() != Outcome::kDone) return Outcome::kGradient;
-
-  *result = empty_like(read.object(0));
-  args.out = to_view(read_tensor(*result));
-  const std::unique_ptr<double[]> lse(new double[static_cast<size_t>(p.batch * p.num_heads_q * p.seq_len_q)]);
-  args.lse = lse.get();
-  py::gil_scoped_release release;
-  FASTATTN_DISPATCH_AMX(attention_forward, args);
-  return Outcome::kDone;
+  if (!read.is_none(6) && !read.finite(6, &p.softmax_scale)) return false;
+  return read.is_zero(7) && (read.is_true_object(8) || p.num_heads_q == p.num_heads_kv);
 }
 
-// softmax(input, dim, scale, log) -> out
-Outcome softmax(Reader& read, py::object* result) {
-  TensorInfo input;
-  int64_t dim = 0;
-  SoftmaxArgs args;
-  const bool plain = read.tensor(0, &input) && is_contiguous(input) && is_small(input) && read.integer(1, &dim) &&
-                     dim >= -input.dims && dim < input.dims && read.finite(2, &args.scale);
-  if (!plain) return Outcome::kDeclined;
-  if (read.unless_gradient() != Outcome::kDone) return Outcome::kGradient;
-
-  *result = empty_like(read.object(0));
-  args.lines = make_lines({input.size, input.size + input.dims}, static_cast<int>(dim < 0 ? dim + input.dims : dim),
-                          {input.stride, input.stride + input.dims}, {});
-  args.input = input.data;
-  args.out = read_pointer<void>(*result);
-  args.input_dtype = args.out_dtype = input.dtype;
-  args.log = read.object(3) == Py_True;
-  py::gil_scoped_release release;
-  FASTATTN_DISPATCH(softmax, args);
-  return Outcome::kDone;
-}
-
-// norm(input, weight, bias, residual, eps, rms) -> out, or (out, total) with a residual; weight, bias and residual may
-// be None.
-Outcome norm(Reader& read, py::object* result) {
-  TensorInfo input, weight, bias, residual;
-  NormArgs args;
-  if (!read.tensor(0, &input) || !is_contiguous(input) || !is_small(input)) return Outcome::kDeclined;
+bool read_norm(Reader& read, TensorInfo* input, NormArgs* args) {
+  if (!read.tensor(0, input) || input->dims == 0 || !is_contiguous(*input) || !is_small(*input)) return false;
+  NormShape& shape = args->shape;
+  shape.columns = input->size[input->dims - 1];
+  TensorInfo weight, bias;
   const auto parameter = [&](int at, TensorInfo* info, View* view) {
-    if (!read.tensor(at, info) || !is_contiguous(*info) || info->dims == 0 || info->dims > input.dims) return false;
+    if (!read.tensor(at, info) || !is_contiguous(*info) || info->dims == 0 || info->dims > input->dims) return false;
     for (int i = 1; i <= info->dims; ++i) {
-      if (info->size[info->dims - i] != input.size[input.dims - i]) return false;
+      if (info->size[info->dims - i] != input->size[input->dims - i]) return false;
     }
-    *view = {info->data, info->dtype, {}};
+    *view = {info->data, info->dtype, {1}};
+    shape.columns = count(*info);
     // A kernel accumulates in one type.
-    return (info->dtype == DType::kFloat64) == (input.dtype == DType::kFloat64);
+    return (info->dtype == DType::kFloat64) == (input->dtype == DType::kFloat64);
   };
-  const bool has_weight = !read.is_none(1), has_bias = !read.is_none(2), has_residual = !read.is_none(3);
-  if (has_weight && !parameter(1, &weight, &args.weight)) return Outcome::kDeclined;
-  if (has_bias && !parameter(2, &bias, &args.bias)) return Outcome::kDeclined;
-  if (has_weight && has_bias && !same_size(weight, bias)) return Outcome::kDeclined;
-  if (has_residual && (!read.tensor(3, &residual) || !is_contiguous(residual) || !same_size(residual, input) ||
-                       residual.dtype != input.dtype)) {
-    return Outcome::kDeclined;
-  }
-  const bool plain = input.dims > 0 && read.finite(4, &args.shape.eps) && args.shape.eps >= 0;
-  if (!plain) return Outcome::kDeclined;
-  if (read.unless_gradient() != Outcome::kDone) return Outcome::kGradient;
-
-  args.shape.columns = has_weight ? count(weight) : has_bias ? count(bias) : input.size[input.dims - 1];
-  args.shape.rows = count(input) / args.shape.columns;
-  args.shape.rms = read.object(5) == Py_True;
-  args.input = {input.data, input.dtype, {args.shape.columns, 1}};
-  const auto out = empty_like(read.object(0));
-  args.out = read_pointer<void>(out);
-  if (has_residual) {
-    const auto total = empty_like(read.object(0));
-    args.residual = {residual.data, residual.dtype, {args.shape.columns, 1}};
-    args.total = read_pointer<void>(total);
-    *result = py::make_tuple(out, total);
-  } else {
-    *result = out;
-  }
-  const size_t rows = static_cast<size_t>(args.shape.rows);
-  const std::unique_ptr<double[]> statistics(new double[2 * rows]);  // room for either type
-  args.mean = statistics.get();
-  args.rstd = statistics.get() + rows;
-  py::gil_scoped_release release;
-  FASTATTN_DISPATCH(norm, args);
-  return Outcome::kDone;
+  const bool has_weight = !read.is_none(1), has_bias = !read.is_none(2);
+  if (has_weight && !parameter(1, &weight, &args->weight)) return false;
+  if (has_bias && !parameter(2, &bias, &args->bias)) return false;
+  if (has_weight && has_bias && !same_size(weight, bias)) return false;
+  shape.rows = count(*input) / shape.columns;
+  shape.rms = read.is_true_object(5);
+  args->input = {input->data, input->dtype, {shape.columns, 1}};
+  return read.finite(4, &shape.eps) && shape.eps >= 0;
 }
 
-// feed_forward(input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, dropout_p) -> out;
-// the biases and the gate may be None.
-Outcome feed_forward(Reader& read, py::object* result) {
-  TensorInfo input, weight_in, weight_out;
-  const bool readable = read.tensor(0, &input) && read.tensor(1, &weight_in) && read.tensor(5, &weight_out) &&
-                        is_contiguous(input) && input.dims > 0 && weight_in.dims == 2 && weight_out.dims == 2;
-  if (!readable || input.dtype == DType::kFloat64) return Outcome::kDeclined;
-  FeedForwardArgs args;
-  FeedForwardProblem& p = args.problem;
-  p.dtype = input.dtype;
-  p.model_dim = input.size[input.dims - 1];
+bool read_feed_forward(Reader& read, TensorInfo* input, FeedForwardProblem* problem) {
+  TensorInfo weight_in, weight_out;
+  const bool readable = read.tensor(0, input) && read.tensor(1, &weight_in) && read.tensor(5, &weight_out) &&
+                        is_contiguous(*input) && input->dims > 0 && weight_in.dims == 2 && weight_out.dims == 2;
+  if (!readable || input->dtype == DType::kFloat64) return false;
+  FeedForwardProblem& p = *problem;
+  p.dtype = input->dtype;
+  p.model_dim = input->size[input->dims - 1];
   p.ff_dim = weight_in.size[0];
   p.out_dim = weight_out.size[0];
   const auto matrix = [&](const TensorInfo& info, int64_t rows, int64_t columns, Matrix* to) {
@@ -270,7 +132,7 @@ Outcome feed_forward(Reader& read, py::object* result) {
     return info.dims == 1 && info.dtype == p.dtype && info.size[0] == size && (size == 1 || info.stride[0] == 1);
   };
   // Where out is as wide as the input it is empty_like it.
-  bool plain = p.out_dim == p.model_dim && p.ff_dim > 0 && is_small(input) &&
+  bool plain = p.out_dim == p.model_dim && p.ff_dim > 0 && is_small(*input) &&
                matrix(weight_in, p.ff_dim, p.model_dim, &p.weight_in) &&
                matrix(weight_out, p.out_dim, p.ff_dim, &p.weight_out) && vector(2, p.ff_dim, &p.bias_in) &&
                vector(6, p.out_dim, &p.bias_out);
@@ -281,61 +143,173 @@ Outcome feed_forward(Reader& read, py::object* result) {
   } else {
     plain = plain && read.is_none(4);
   }
-  if (!plain || !PyUnicode_CheckExact(read.object(7)) || !read.is_zero(8)) return Outcome::kDeclined;
+  if (!plain || !PyUnicode_CheckExact(read.object(7)) || !read.is_zero(8)) return false;
   const char* names[] = {"relu", "gelu", "gelu_tanh", "silu"};  // in the order of Activation
   int activation = 0;
   while (activation < 4 && PyUnicode_CompareWithASCIIString(read.object(7), names[activation]) != 0) ++activation;
-  if (activation == 4) return Outcome::kDeclined;
+  if (activation == 4) return false;
   p.activation = static_cast<Activation>(activation);
-  if (read.unless_gradient() != Outcome::kDone) return Outcome::kGradient;
+  p.tokens = count(*input) / p.model_dim;
+  p.input = {input->data, p.model_dim};
+  return true;
+}
 
-  *result = empty_like(read.object(0));
-  p.tokens = count(input) / p.model_dim;
-  p.input = {input.data, p.model_dim};
-  args.out = {read_pointer<void>(*result), p.out_dim};
+namespace {
+
+// Whether the op would meet nobody: `_registry._is_plain_eager` and `_dispatch.needs_reference_derivatives`.
+bool is_plain_eager() {
+  if (is_true(python.dispatch_modes) || is_true(python.function_modes) || is_true(python.autocast) ||
+      is_true(python.functorch) || is_true(python.tracing_state)) {
+    return false;
+  }
+  return attribute(python.profiler, python.profiler_flag).ptr() == Py_False &&
+         PyLong_AsLong(attribute(python.forward_ad, python.forward_ad_level).ptr()) < 0;
+}
+
+template <typename... Objects>
+py::list list_of(const Objects&... objects) {
+  py::list result(sizeof...(objects));
+  size_t i = 0;
+  ((result[i++] = objects), ...);
+  return result;
+}
+
+// attention(query, key, value, left, right, bottom_right, softmax_scale, dropout_p, grouped) -> out or [out, lse];
+// left, right and softmax_scale may be None, as in masks.Window and ops.attention; `grouped` lets query heads share a
+// key head.
+bool attention(Reader& read, py::object* result) {
+  AttentionForwardArgs args;
+  const AttentionProblem& p = args.problem;
+  if (!read_attention(read, &args.problem)) return false;
+  const auto out = empty_like(read.object(0));
+  args.out = to_view(read_tensor(out));
+  std::unique_ptr<double[]> unkept;
+  if (read.wants_gradient()) {
+    const auto lse = empty({p.batch, p.num_heads_q, p.seq_len_q}, DType::kFloat64);
+    args.lse = read_pointer<double>(lse);
+    *result = list_of(out, lse);
+  } else {
+    unkept.reset(new double[static_cast<size_t>(p.batch * p.num_heads_q * p.seq_len_q)]);
+    args.lse = unkept.get();
+    *result = out;
+  }
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH_AMX(attention_forward, args);
+  return true;
+}
+
+// softmax(input, dim, scale, log) -> out or [out]
+bool softmax(Reader& read, py::object* result) {
+  TensorInfo input;
+  int64_t dim = 0;
+  SoftmaxArgs args;
+  const bool plain = read.tensor(0, &input) && is_contiguous(input) && is_small(input) && read.integer(1, &dim) &&
+                     dim >= -input.dims && dim < input.dims && read.finite(2, &args.scale);
+  if (!plain) return false;
+  const auto out = empty_like(read.object(0));
+  *result = read.wants_gradient() ? list_of(out) : out;
+  args.lines = make_lines({input.size, input.size + input.dims}, static_cast<int>(dim < 0 ? dim + input.dims : dim),
+                          {input.stride, input.stride + input.dims}, {});
+  args.input = input.data;
+  args.out = read_pointer<void>(out);
+  args.input_dtype = args.out_dtype = input.dtype;
+  args.log = read.is_true_object(3);
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(softmax, args);
+  return true;
+}
+
+// norm(input, weight, bias, residual, eps, rms) -> out or [out, statistics], and with a residual (out, total) or
+// [out, total, statistics]; weight, bias and residual may be None; statistics [2, rows] are the means and their rstd.
+bool norm(Reader& read, py::object* result) {
+  TensorInfo input, residual;
+  NormArgs args;
+  if (!read_norm(read, &input, &args)) return false;
+  const bool has_residual = !read.is_none(3);
+  if (has_residual && !(read.tensor(3, &residual) && is_like(input, residual))) return false;
+
+  const auto out = empty_like(read.object(0));
+  args.out = read_pointer<void>(out);
+  py::object total;
+  if (has_residual) {
+    total = empty_like(read.object(0));
+    args.residual = {residual.data, residual.dtype, {args.shape.columns, 1}};
+    args.total = read_pointer<void>(total);
+  }
+  const int64_t rows = args.shape.rows;
+  std::unique_ptr<double[]> unkept;
+  if (read.wants_gradient()) {
+    const bool wide = input.dtype == DType::kFloat64;
+    const auto statistics = empty({2, rows}, wide ? DType::kFloat64 : DType::kFloat32);
+    args.mean = read_pointer<void>(statistics);
+    args.rstd = static_cast<char*>(args.mean) + rows * static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
+    *result = has_residual ? list_of(out, total, statistics) : list_of(out, statistics);
+  } else {
+    unkept.reset(new double[static_cast<size_t>(2 * rows)]);  // room for either type
+    args.mean = unkept.get();
+    args.rstd = unkept.get() + rows;
+    *result = has_residual ? py::object(py::make_tuple(out, total)) : out;
+  }
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(norm, args);
+  return true;
+}
+
+// feed_forward(input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, dropout_p) -> out
+// or [out]; the biases and the gate may be None.
+bool feed_forward(Reader& read, py::object* result) {
+  TensorInfo input;
+  FeedForwardArgs args;
+  if (!read_feed_forward(read, &input, &args.problem)) return false;
+  const auto out = empty_like(read.object(0));
+  *result = read.wants_gradient() ? list_of(out) : out;
+  args.out = {read_pointer<void>(out), args.problem.out_dim};
   py::gil_scoped_release release;
   FASTATTN_DISPATCH_AMX(feed_forward, args);
-  return Outcome::kDone;
+  return true;
 }
 
 // What Python calls: `Serve` with its kCount positional arguments.
-template <Outcome (*Serve)(Reader&, py::object*), int kCount>
+template <bool (*Serve)(Reader&, py::object*), int kCount>
 PyObject* plain_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Outcome outcome = Outcome::kDeclined;
+  bool done = false;
   py::object result;
   try {
     if (count == kCount && is_plain_eager()) {
       Reader read(args);
-      outcome = Serve(read, &result);
+      done = Serve(read, &result);
     }
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   } catch (...) {
     // A tensor that has no such attribute, a number that does not fit: not plain.
-    outcome = Outcome::kDeclined;
+    done = false;
   }
   PyErr_Clear();
-  if (outcome == Outcome::kDone) return result.release().ptr();
-  return Py_NewRef(outcome == Outcome::kGradient ? Py_True : Py_None);
+  return done ? result.release().ptr() : Py_NewRef(Py_None);
 }
 
-template <Outcome (*Serve)(Reader&, py::object*), int kCount>
+template <bool (*Serve)(Reader&, py::object*), int kCount>
 PyMethodDef plain_method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&plain_call<Serve, kCount>)), METH_FASTCALL,
           nullptr};
 }
 
 }  // namespace
+}  // namespace fastattn::plain
 
-void register_plain_calls(py::module_& m) {
+void fastattn::register_plain_calls(py::module_& m) {
+  using plain::plain_method;
   static PyMethodDef methods[] = {
-      plain_method<attention, 9>("plain_attention"),
-      plain_method<softmax, 4>("plain_softmax"),
-      plain_method<norm, 6>("plain_norm"),
-      plain_method<feed_forward, 9>("plain_feed_forward"),
+      plain_method<plain::attention, 9>("plain_attention"),
+      plain_method<plain::attention_backward, 13>("plain_attention_backward"),
+      plain_method<plain::softmax, 4>("plain_softmax"),
+      plain_method<plain::softmax_backward, 5>("plain_softmax_backward"),
+      plain_method<plain::norm, 6>("plain_norm"),
+      plain_method<plain::norm_backward, 10>("plain_norm_backward"),
+      plain_method<plain::feed_forward, 9>("plain_feed_forward"),
+      plain_method<plain::feed_forward_backward, 11>("plain_feed_forward_backward"),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
-
-}  // namespace fastattn

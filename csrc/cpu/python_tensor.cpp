@@ -27,6 +27,8 @@ void fetch_python_objects() {
   python.parameter_type = keep(py::module_::import("torch.nn"), "Parameter");
   python.strided = keep(torch, "strided");
   python.empty_like = keep(torch, "empty_like");
+  python.empty = keep(torch, "empty");
+  python.dtype_keyword = py::make_tuple(py::handle(python.dtype)).release().ptr();
   python.is_grad_enabled = keep(torch, "is_grad_enabled");
   python.dispatch_modes = keep(internals, "_len_torch_dispatch_stack");
   python.function_modes = keep(internals, "_len_torch_function_stack");

@@ -22,8 +22,9 @@ struct TensorInfo {
 // Python objects asked for at every call, fetched once by fetch_python_objects().
 struct PythonObjects {
   PyObject* dtypes[4];  // torch's, which are singletons, in the order of DType
-  PyObject *data_ptr, *size, *stride, *dtype, *layout, *is_cpu, *requires_grad;      // names
-  PyObject *tensor_type, *parameter_type, *strided, *empty_like, *is_grad_enabled;   // of torch
+  PyObject *data_ptr, *size, *stride, *dtype, *layout, *is_cpu, *requires_grad;             // names
+  PyObject *tensor_type, *parameter_type, *strided, *empty_like, *empty, *is_grad_enabled;  // of torch
+  PyObject* dtype_keyword;                                                                  // ("dtype",)
   PyObject *dispatch_modes, *function_modes, *autocast, *functorch, *tracing_state;  // functions: what is active?
   PyObject *profiler, *profiler_flag, *forward_ad, *forward_ad_level;                // modules and their flags' names
 };

@@ -38,8 +38,8 @@ def load() -> tuple[ModuleType | None, str | None]:
 class _PlainCalls:
     """The extension's plain calls, an attribute an op: ``csrc/cpu/plain_calls.cpp`` says what they are.
 
-    Each returns the op's result; or None, where the call is not plain and must go the long way; or True, where
-    everything about it is right and it would be plain if no argument wanted a gradient.
+    Each returns the op's result; or None, where the call is not plain and must go the long way; or a list where an
+    argument wants a gradient: the results, then what else the gradient's call is to be given.
     """
 
     def __getattr__(self, op: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from fastattn.backends.reference import gradients
 from fastattn.biases import RelativeBias
 from fastattn.masks import Mask
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import attention as formula
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, empty_output, lse_dtype
 
@@ -84,9 +84,9 @@ def attention(
     if bias is softcap is sinks is None and type(mask) in _BANDS and not return_lse and _dispatch.may_be_plain(backend):
         left, right, align = (None, None, "") if mask is None else (mask.left, mask.right, mask.align)  # type: ignore
         last = align == "bottom_right"
-        out = plain.attention(query, key, value, left, right, last, softmax_scale, dropout_p, True)
-        if isinstance(out, Tensor):
-            return out
+        found = _try_plain(query, key, value, left, right, last, softmax_scale, dropout_p, True)
+        if found is not None:
+            return found
     call = attention_call(
         query,
         key,
@@ -150,9 +150,9 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask and is_causal=True exclude each other: pass one of them")
     if attn_mask is None and _dispatch.may_be_plain(None):
         right = 0 if is_causal else None
-        out = plain.attention(query, key, value, None, right, False, scale, dropout_p, bool(enable_gqa))
-        if isinstance(out, Tensor):
-            return out
+        found = _try_plain(query, key, value, None, right, False, scale, dropout_p, bool(enable_gqa))
+        if found is not None:
+            return found
     query, key, value, lead = _to_4d(query, key, value, enable_gqa)
     mask: Mask | None = masks.Causal("top_left") if is_causal else None
     bias = None
@@ -284,25 +284,75 @@ class _Attention(torch.autograd.Function):
         needed = [wanted[k] for k in _DIFFERENTIABLE_AT]
         if dout is None and dlse is None:
             return (None,) * _NUM_FIELDS
-        if dout is None:
-            dout = torch.zeros_like(out)
-        if torch.is_grad_enabled():
-            found = gradients(
-                lambda c: formula.attention(c),
-                call,
-                DIFFERENTIABLE,
-                needed,
-                _grad_outputs(lse, dout, dlse),
-                create_graph=True,
-            )
-        else:
-            if dout.stride(-1) != 1 and dout.shape[-1] > 1:
-                dout = dout.contiguous()
-            found = _attention_backward(*call, out, lse, dout, dlse, needed)
         grads: list[Tensor | None] = [None] * _NUM_FIELDS
-        for at, grad, need in zip(_DIFFERENTIABLE_AT, found, needed, strict=True):
-            grads[at] = grad if need else None
+        for at, grad in zip(_DIFFERENTIABLE_AT, _gradients(call, out, lse, dout, dlse, needed), strict=True):
+            grads[at] = grad
         return tuple(grads)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """A plain call's node: its result is there, and its gradients are a plain call where nobody sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, found: list[Tensor], numbers: tuple[Any, ...]
+    ) -> Tensor:
+        out, lse = found
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if _dispatch.may_be_plain(None):
+            found = plain.attention_backward(query, key, value, *ctx.numbers, out, lse, dout, needed)
+            if found is not None:
+                return (*found, None)
+        query, key, value = (_fold(t) for t in (query, key, value))  # a hook may have laid them out anew
+        left, right, last, softmax_scale, _, _ = ctx.numbers
+        call = attention_call(
+            query,
+            key,
+            value,
+            mask=masks.Window(left, right, "bottom_right" if last else "top_left"),
+            bias=None,
+            dropout_p=0.0,
+            softmax_scale=softmax_scale,
+            softcap=None,
+            sinks=None,
+            generator=None,
+            backend="",
+        )
+        needed = [*needed[:3], *(False,) * (len(DIFFERENTIABLE) - 3)]
+        dquery, dkey, dvalue, *_ = _gradients(call, out, lse, dout, None, needed)
+        return dquery, dkey, dvalue, None, None
+
+
+_apply_plain = plain_apply(_PlainAttention)
+
+
+def _try_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor | None:
+    """Returns the result of a plain call, ``numbers`` being its further arguments; None where it is not plain."""
+    found = plain.attention(query, key, value, *numbers)
+    return _apply_plain(query, key, value, found, numbers) if type(found) is list else found
+
+
+def _gradients(
+    call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, needed: list[bool]
+) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if torch.is_grad_enabled():
+        grad_outputs = _grad_outputs(lse, dout, dlse)
+        found = gradients(lambda c: formula.attention(c), call, DIFFERENTIABLE, needed, grad_outputs, create_graph=True)
+    else:
+        if dout.stride(-1) != 1 and dout.shape[-1] > 1:
+            dout = dout.contiguous()
+        found = _attention_backward(*call, out, lse, dout, dlse, needed)
+    return [grad if need else None for grad, need in zip(found, needed, strict=True)]
 
 
 def _grad_outputs(lse: Tensor, dout: Tensor, dlse: Tensor | None) -> list[Tensor]:

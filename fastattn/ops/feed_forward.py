@@ -11,7 +11,7 @@ from fastattn.backends.extension import load, plain
 from fastattn.backends.products import fuses_on_tiles
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import feed_forward as formula
 from fastattn.spec.feed_forward import DIFFERENTIABLE, FeedForwardCall, empty_output, feed_forward_call
 
@@ -71,11 +71,10 @@ def feed_forward(
     Transformer", 2020.
     """
     if _dispatch.may_be_plain(backend):
-        out = plain.feed_forward(
-            input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, dropout_p
-        )
-        if isinstance(out, Tensor):
-            return out
+        tensors = (input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out)
+        found = plain.feed_forward(*tensors, activation, dropout_p)
+        if found is not None:
+            return _apply_plain(*tensors, (found, activation)) if type(found) is list else found
     call = feed_forward_call(
         input,
         weight_in,
@@ -145,15 +144,40 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call = FeedForwardCall(*ctx.saved_tensors, *ctx.numbers)
-        needed = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
-        if torch.is_grad_enabled():
-            found = gradients(
-                lambda c: (formula.feed_forward(c),), call, DIFFERENTIABLE, needed, [dout], create_graph=True
-            )
-        else:
-            found = _feed_forward_backward(*call, dout, needed)
-        grads = [g if need else None for g, need in zip(found, needed, strict=True)]
+        grads = _gradients(call, dout, ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         return (*grads, *(None,) * (_NUM_FIELDS - len(grads)))
+
+
+class _PlainFeedForward(torch.autograd.Function):
+    """A plain call's node: its result is there, and its gradients are a plain call where nobody sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ((out,), ctx.activation) = args
+        ctx.save_for_backward(*tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
+        if _dispatch.may_be_plain(None):
+            found = plain.feed_forward_backward(*tensors, ctx.activation, 0.0, dout, needed)
+            if found is not None:
+                return found
+        call = FeedForwardCall._make((*tensors, None, ctx.activation, 0.0, ""))
+        return (*_gradients(call, dout, needed[: len(DIFFERENTIABLE)]), None)
+
+
+_apply_plain = plain_apply(_PlainFeedForward)
+
+
+def _gradients(call: FeedForwardCall, dout: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed."""
+    if torch.is_grad_enabled():
+        found = gradients(lambda c: (formula.feed_forward(c),), call, DIFFERENTIABLE, needed, [dout], create_graph=True)
+    else:
+        found = _feed_forward_backward(*call, dout, needed)
+    return [g if need else None for g, need in zip(found, needed, strict=True)]
 
 
 _feed_forward = define(

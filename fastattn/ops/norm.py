@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.backends.extension import plain
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import norm as formula
 from fastattn.spec.norm import DIFFERENTIABLE, NormBackwardCall, NormCall, empty_outputs, norm_call
 
@@ -83,8 +83,10 @@ def _run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if _dispatch.may_be_plain(backend):
         found = plain.norm(input, weight, bias, residual, eps, rms)
-        if isinstance(found, (Tensor, tuple)):
-            return found
+        if found is not None:
+            if type(found) is not list:
+                return found
+            return _apply_plain(input, weight, bias, residual, (found, eps, rms))
     call = norm_call(input, weight, bias, residual=residual, eps=eps, rms=rms, backend=_dispatch.resolve(backend))
     if _dispatch.needs_reference_derivatives(call.input, call.residual, call.weight, call.bias):
         _dispatch.warn_reference("norm", "forward-mode derivatives and torch.func transforms have no kernel")
@@ -139,28 +141,72 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        grad, dweight, dbias = dtotal, None, None
-        if dout is not None:
-            needed = [need_input or need_residual, need_weight, need_bias]
-            call = NormCall(input, None, weight, bias, *ctx.rest)
-            if torch.is_grad_enabled():
-                grad, dweight, dbias = gradients(
-                    lambda c: formula.norm(c)[:1], call, DIFFERENTIABLE, needed, [dout], create_graph=True
-                )
-                if grad is not None and dtotal is not None:
-                    grad = grad + dtotal
-            else:
-                grad, dweight, dbias = _norm_backward(
-                    input, weight, bias, mean, rstd, dout, dtotal, *ctx.rest[:-1], needed, call.backend
-                )
-        return (
-            grad if need_input else None,
-            grad if need_residual else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            *(None,) * len(ctx.rest),
+        call = NormCall(input, None, weight, bias, *ctx.rest)
+        grads = _gradients(call, mean, rstd, dout, dtotal, ctx.needs_input_grad[:4])
+        return (*grads, *(None,) * len(ctx.rest))
+
+
+class _PlainNorm(torch.autograd.Function):
+    """A plain call's node: its results are there, and its gradients are a plain call where nobody sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[list[Tensor], float, bool],
+    ) -> Tensor | tuple[Tensor, ...]:
+        (*outs, statistics), ctx.eps, ctx.rms = rest
+        ctx.save_for_backward(input if residual is None else outs[1], weight, bias, statistics)
+        ctx.set_materialize_grads(False)
+        return outs[0] if residual is None else tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        input, weight, bias, statistics = ctx.saved_tensors
+        needs, eps, rms = ctx.needs_input_grad, ctx.eps, ctx.rms
+        if _dispatch.may_be_plain(None):
+            found = plain.norm_backward(input, weight, bias, None, eps, rms, statistics, dout, dtotal, needs)
+            if found is not None:
+                return found
+        parameter = bias if weight is None else weight
+        num_dims = 1 if parameter is None else parameter.dim()
+        call = NormCall(input, None, weight, bias, num_dims, eps, rms, "")
+        mean, rstd = statistics.contiguous().view(2, *call.lead)
+        dinput, dresidual, dweight, dbias = _gradients(
+            call, mean, rstd, dout, dtotal, (needs[0], needs[3], needs[1], needs[2])
         )
+        return dinput, dweight, dbias, dresidual, None
+
+
+_apply_plain = plain_apply(_PlainNorm)
+
+
+def _gradients(
+    call: NormCall, mean: Tensor, rstd: Tensor, dout: Tensor | None, dtotal: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of input, residual, weight and bias that are needed; ``call.input`` is their sum."""
+    need_input, need_residual, need_weight, need_bias = needs
+    grad, dweight, dbias = dtotal, None, None
+    if dout is not None:
+        needed = [need_input or need_residual, need_weight, need_bias]
+        if torch.is_grad_enabled():
+            grad, dweight, dbias = gradients(
+                lambda c: formula.norm(c)[:1], call, DIFFERENTIABLE, needed, [dout], create_graph=True
+            )
+            if grad is not None and dtotal is not None:
+                grad = grad + dtotal
+        else:
+            input, _, weight, bias, *rest, backend = call
+            grad, dweight, dbias = _norm_backward(input, weight, bias, mean, rstd, dout, dtotal, *rest, needed, backend)
+    return (
+        grad if need_input else None,
+        grad if need_residual else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+    )
 
 
 _norm = define(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.extension import plain
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import softmax as formula
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall, softmax_call
 
@@ -80,9 +80,9 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     if mask is None and dtype is None and _dispatch.may_be_plain(backend):
-        out = plain.softmax(input, dim, scale, log)
-        if isinstance(out, Tensor):
-            return out
+        found = plain.softmax(input, dim, scale, log)
+        if found is not None:
+            return _apply_plain(input, found, (dim, scale, log)) if type(found) is list else found
     if isinstance(input, Tensor) and input.dim() == 0:
         return _run(input[None], dim, mask, scale, dtype, log, backend)[0]
     call = softmax_call(input, dim, mask=mask, scale=scale, dtype=dtype, log=log, backend=_dispatch.resolve(backend))
@@ -127,13 +127,38 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         out, mask = ctx.saved_tensors
-        # ``out`` is this node's own result, so what the formula makes of it is differentiable again.
-        if torch.is_grad_enabled():
-            grad = formula.softmax_backward(SoftmaxBackwardCall(out, dout, mask, *ctx.rest))
-        else:
-            grad = _softmax_backward(out, dout, mask, *ctx.rest)
-        return grad, None, None, None, None, None, None
+        return _gradient(SoftmaxBackwardCall(out, dout, mask, *ctx.rest)), None, None, None, None, None, None
 
+
+class _PlainSoftmax(torch.autograd.Function):
+    """A plain call's node: its result is there, and its gradient is a plain call where nobody sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, found: list[Tensor], numbers: tuple[int, float, bool]) -> Tensor:
+        (out,) = found
+        ctx.save_for_backward(out)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (out,) = ctx.saved_tensors
+        dim, scale, log = ctx.numbers
+        grads = plain.softmax_backward(out, dim, scale, log, dout) if _dispatch.may_be_plain(None) else None
+        if grads is None:
+            call = SoftmaxBackwardCall(out, dout, None, dim % out.dim(), scale, out.dtype, log, "")
+            grads = _gradient(call), None
+        return (*grads, None)
+
+
+def _gradient(call: SoftmaxBackwardCall) -> Tensor:
+    # ``out`` is its node's own result, so what the formula makes of it is differentiable again.
+    if torch.is_grad_enabled():
+        return formula.softmax_backward(call)
+    return _softmax_backward(*call)
+
+
+_apply_plain = plain_apply(_PlainSoftmax)
 
 _softmax = define(
     "softmax",
