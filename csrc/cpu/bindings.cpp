@@ -135,6 +135,15 @@ Matrix read_matrix(py::handle tensor, int64_t rows, int64_t columns, DType dtype
   return {info.data, info.stride[0]};
 }
 
+// A matrix that a kernel is about to fill; None for an absent one.
+Matrix read_new_matrix(py::handle tensor, int64_t rows, int64_t columns, DType dtype) {
+  const Matrix matrix = read_matrix(tensor, rows, columns, dtype);
+  if (matrix.data != nullptr) {
+    prefer_huge_pages(matrix.data, ((rows - 1) * matrix.row_stride + columns) * item_bytes(dtype));
+  }
+  return matrix;
+}
+
 // A contiguous vector, or null for None.
 void* read_vector(py::handle tensor, int64_t size, DType dtype) {
   if (tensor.is_none()) return nullptr;
@@ -472,7 +481,7 @@ void register_feed_forward(py::module_& m) {
         FeedForwardArgs args;
         args.problem = read_feed_forward(call);
         const FeedForwardProblem& p = args.problem;
-        args.out = read_matrix(out, p.tokens, p.out_dim, p.dtype);
+        args.out = read_new_matrix(out, p.tokens, p.out_dim, p.dtype);
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(feed_forward, args);
       },
@@ -485,12 +494,12 @@ void register_feed_forward(py::module_& m) {
         args.problem = read_feed_forward(call);
         const FeedForwardProblem& p = args.problem;
         args.dout = read_matrix(dout, p.tokens, p.out_dim, p.dtype);
-        args.dinput = read_matrix(dinput, p.tokens, p.model_dim, p.dtype);
-        args.dweight_in = read_matrix(dweight_in, p.ff_dim, p.model_dim, p.dtype);
+        args.dinput = read_new_matrix(dinput, p.tokens, p.model_dim, p.dtype);
+        args.dweight_in = read_new_matrix(dweight_in, p.ff_dim, p.model_dim, p.dtype);
         args.dbias_in = read_vector(dbias_in, p.ff_dim, p.dtype);
-        args.dweight_gate = read_matrix(dweight_gate, p.ff_dim, p.model_dim, p.dtype);
+        args.dweight_gate = read_new_matrix(dweight_gate, p.ff_dim, p.model_dim, p.dtype);
         args.dbias_gate = read_vector(dbias_gate, p.ff_dim, p.dtype);
-        args.dweight_out = read_matrix(dweight_out, p.out_dim, p.ff_dim, p.dtype);
+        args.dweight_out = read_new_matrix(dweight_out, p.out_dim, p.ff_dim, p.dtype);
         args.dbias_out = read_vector(dbias_out, p.out_dim, p.dtype);
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(feed_forward_backward, args);
@@ -544,6 +553,7 @@ void register_linear(py::module_& m) {
         args.bias = read_vector(bias, args.columns, args.dtype);
         args.wide = result.dtype == DType::kFloat32;
         args.out = read_joined(out, args.rows, args.columns / out_parts, args.wide ? result.dtype : args.dtype);
+        for (const py::handle part : out) read_new(part);
         const auto fits = [](int64_t size, int64_t count) { return count == 1 || size % (32 * count) == 0; };
         if (!fits(left_transposed ? args.rows : args.depth, parts) || !fits(args.columns, out_parts)) {
           throw std::invalid_argument("several parts must have multiples of 32 columns each");

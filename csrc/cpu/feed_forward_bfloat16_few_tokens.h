@@ -9,10 +9,43 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// Fetches 32 rows of a weight into the second-level cache, one row after the other. Measured on one core: a line of
+// each row in turn comes at 10 GB/s, however far ahead it is asked for; in the order of their addresses they come
+// at 30.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const Matrix& weight, int64_t row, int64_t depth)
+      : row_(static_cast<const BFloat16*>(weight.data) + row * weight.row_stride),
+        stride_(weight.row_stride),
+        depth_(depth),
+        left_(depth) {}
+  // As many lines as make up all rows in as many calls as a row has steps.
+  void fetch_step() {
+    if (left_ == 0) return;
+    left_ -= kStep;
+    for (int64_t i = 0; i < kStep; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(row_ + column_), _MM_HINT_T1);
+      column_ += kStep;
+      if (column_ == depth_) {
+        column_ = 0;
+        row_ += stride_;
+      }
+    }
+  }
+  void fetch() {
+    while (left_ > 0) fetch_step();
+  }
+
+ private:
+  const BFloat16* row_ = nullptr;
+  int64_t stride_ = 0, depth_ = 0, column_ = 0;
+  int64_t left_ = 0;  // of the steps, in elements
+};
+
 // square[row][token] = W[row] . x[token] for 32 rows; of the tokens, 16 or `both` halves.
 inline void multiply_rows(const Matrix& weight, int64_t row, int64_t depth, const char* right, bool both,
-                          float* square) {
-  constexpr int64_t kAhead = 2;  // steps
+                          RowsAhead ahead, float* square) {
   const int64_t bytes = weight.row_stride * static_cast<int64_t>(sizeof(BFloat16));
   const char* a = static_cast<const char*>(weight.data) + row * bytes;
   tile_zero<0>();
@@ -20,8 +53,7 @@ inline void multiply_rows(const Matrix& weight, int64_t row, int64_t depth, cons
   tile_zero<2>();
   tile_zero<3>();
   for (int64_t k = 0; k < depth; k += kStep, a += 64, right += kBlockStep) {
-    // Rows lie apart, where no hardware fetches ahead: those of the next square, a line of each at a time.
-    for (int64_t r = 0; r < kStep; ++r) _mm_prefetch(a + kAhead * 64 + r * bytes, _MM_HINT_T0);
+    ahead.fetch_step();
     tile_stream<4>(a, bytes);
     tile_load<6>(right, 64);
     tile_multiply<0, 4, 6>();
@@ -84,10 +116,17 @@ class FewTokensBFloat16 {
     alignas(64) float square[kSquare], gates[kSquare];
     const bool gated = p_.weight_gate.data != nullptr;
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
+    const auto rows = [&](const Matrix& weight, int64_t block) {
+      return block < end ? RowsAhead(weight, block * kStep, p_.model_dim) : RowsAhead();
+    };
+    rows(p_.weight_in, first).fetch();
     for (int64_t block = first; block < end; ++block) {
       const int64_t unit = block * kStep;
-      multiply_rows(p_.weight_in, unit, p_.model_dim, x_t_, p_.tokens > 16, square);
-      if (gated) multiply_rows(p_.weight_gate, unit, p_.model_dim, x_t_, p_.tokens > 16, gates);
+      multiply_rows(p_.weight_in, unit, p_.model_dim, x_t_, p_.tokens > 16,
+                    gated ? rows(p_.weight_gate, block) : rows(p_.weight_in, block + 1), square);
+      if (gated) {
+        multiply_rows(p_.weight_gate, unit, p_.model_dim, x_t_, p_.tokens > 16, rows(p_.weight_in, block + 1), gates);
+      }
       uint64_t keep[4];
       for (int64_t half = 0; half < round_up(p_.tokens, 16); half += 16) {
         FloatVec even = zero;
@@ -114,9 +153,13 @@ class FewTokensBFloat16 {
 
   void run_out(int64_t first, int64_t end) const {
     alignas(64) float square[kSquare];
+    const auto rows = [&](int64_t block) {
+      return block < end ? RowsAhead(p_.weight_out, block * kStep, p_.ff_dim) : RowsAhead();
+    };
+    rows(first).fetch();
     for (int64_t block = first; block < end; ++block) {
       const int64_t column = block * kStep;
-      multiply_rows(p_.weight_out, column, p_.ff_dim, hidden_t_, p_.tokens > 16, square);
+      multiply_rows(p_.weight_out, column, p_.ff_dim, hidden_t_, p_.tokens > 16, rows(block + 1), square);
       for (int64_t i = 0; i < kStep; ++i) {
         const FloatVec bias = broadcast_bfloat16(p_.bias_out, column + i);
         for (int64_t half = 0; half < kStep; half += 16) {
