@@ -208,19 +208,21 @@ def test_attention_is_the_textbook(kind, mask_name, padding_name):
 
     leaves = [*inputs, *module.parameters()]
     direction, by_weights = rand(*expected.shape, seed=8), rand(*weights.shape, seed=9)
-    truth = torch.autograd.grad([expected, weights], leaves, [direction, by_weights])
     for average in (False, True):
         options = {"attn_mask": attn_mask, "key_padding_mask": key_padding, "average_attn_weights": average}
         out, found = module(*inputs, **options)
+        towards = [direction, by_weights.mean(1) if average else by_weights]
+        truth = torch.autograd.grad(
+            [expected, weights.mean(1) if average else weights], leaves, towards, retain_graph=True
+        )
+        grads = torch.autograd.grad([out, found], leaves, towards)
+        for grad, true in zip(grads, truth, strict=True):
+            torch.testing.assert_close(grad, true)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(found, weights.mean(1) if average else weights)
         alone, nothing = module(*inputs, need_weights=False, **options)
         assert nothing is None
         torch.testing.assert_close(alone, expected)
-    options["average_attn_weights"] = False
-    grads = torch.autograd.grad(module(*inputs, **options), leaves, [direction, by_weights])
-    for grad, true in zip(grads, truth, strict=True):
-        torch.testing.assert_close(grad, true)
 
 
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "unbatched"])

@@ -19,6 +19,8 @@ from fastattn.backends import BY_NAME
 from fastattn.backends.extension import kernels
 from fastattn.biases import Alibi
 from fastattn.masks import Causal, Dense, KeyLengths, Segments, Window
+from fastattn.ops.attention_with_weights import attend_with_weights
+from fastattn.spec.attention import attention_call
 from fastattn.spec.linear import linear_call
 
 Op = Callable[[], list[Tensor]]
@@ -95,6 +97,19 @@ def ops() -> dict[str, Op]:
             [randn(150, 2, 16), randn(200, 2, 16), randn(200, 2, 16)],
         ),
     }
+    for tensors in (long, qkv(2, 4, 2, 200, 330, 64, torch.bfloat16)):
+        call = attention_call(
+            *tensors,
+            mask=Causal(),
+            bias=None,
+            dropout_p=0.0,
+            softmax_scale=None,
+            softcap=None,
+            sinks=None,
+            generator=None,
+            backend="cpu",
+        )
+        found[f"attention with weights {call.query.dtype}"] = lambda call=call: list(attend_with_weights(call))
     for reduce in ("head_mean", "key_sum", "entropy", "pooled"):
         found[f"weights {reduce}"] = lambda reduce=reduce: [fastattn.attention_weights(*long[:2], reduce=reduce)]
     return found

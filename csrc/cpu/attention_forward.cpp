@@ -7,6 +7,7 @@
 #include "attention_forward.h"
 
 #include "attention_decode.h"
+#include "attention_mean.h"
 #include "attention_rows.h"
 #include "attention_schedule.h"
 #include "attention_scores.h"
@@ -23,10 +24,9 @@ constexpr int64_t kKeys = 256;    // keys a tile: a multiple of 64 (a word of ma
 template <typename C>
 class Forward {
  public:
-  explicit Forward(const AttentionForwardArgs& args) : args_(args), p_(args.problem), scores_(p_) {
+  explicit Forward(const AttentionForwardArgs& args)
+      : args_(args), p_(args.problem), scores_(p_), rows_(block_rows(args)), mean_(args, rows_, kKeys, tile_bytes()) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
-    const int64_t blocks = ceil_div(p_.seq_len_q, kMaxRows);
-    rows_ = round_up(ceil_div(p_.seq_len_q, blocks), kTileRows);  // blocks of equal size
     blocks_ = ceil_div(p_.seq_len_q, rows_);
     tiles_ = ceil_div(p_.seq_len_k, kKeys);
     out_stride_ = round_up(p_.head_dim_v, Vec<C>::kWidth);
@@ -35,16 +35,56 @@ class Forward {
   }
 
   void run() const {
-    const GroupWork work{tiles_, packed_bytes(), group_size_ * blocks_, block_bytes()};
+    if (mean_.wanted()) return run_all_heads();
+    const GroupWork work{p_.batch * p_.num_heads_kv, tiles_, packed_bytes(), group_size_ * blocks_, block_bytes()};
     for_each_block(
         p_, work,
         [&](char* memory, int64_t group, int64_t tile) { pack_tile(carve_packed(Carver(memory)), group, tile); },
         [&](char* packed, char* memory, int64_t group, int64_t task) {
-          run_block(carve_packed(Carver(packed)), carve_block(Carver(memory)), group, task);
+          const int64_t head = group % p_.num_heads_kv * group_size_ + task % group_size_;
+          run_block(carve_packed(Carver(packed)), carve_block(Carver(memory)), group / p_.num_heads_kv, head,
+                    rows_of(task / group_size_));
         });
   }
 
  private:
+  // A block goes through all heads, so that its mean weights are complete.
+  void run_all_heads() const {
+    const GroupWork work{p_.batch, p_.num_heads_kv * tiles_, p_.num_heads_kv * packed_bytes(), blocks_, block_bytes()};
+    for_each_block(
+        p_, work,
+        [&](char* memory, int64_t batch, int64_t task) {
+          const int64_t head = task / tiles_;
+          pack_tile(carve_packed(Carver(memory + head * packed_bytes())), batch * p_.num_heads_kv + head,
+                    task % tiles_);
+        },
+        [&](char* packed, char* memory, int64_t batch, int64_t task) {
+          const Block block = carve_block(Carver(memory));
+          const Range rows = rows_of(task);
+          mean_.start(block.mean);
+          for (int64_t head = 0; head < p_.num_heads_q; ++head) {
+            mean_.start_head(block.mean);
+            run_block(carve_packed(Carver(packed + head / group_size_ * packed_bytes())), block, batch, head, rows);
+          }
+          mean_.write(block.mean, batch, rows);
+        });
+    if (!mean_.regular()) attention_weights(mean_weights(args_));
+  }
+
+  // Blocks of equal size; what is kept of one for the mean weights stays in the second-level cache.
+  static int64_t block_rows(const AttentionForwardArgs& args) {
+    constexpr int64_t kKeptBytes = int64_t{1} << 20;
+    const AttentionProblem& p = args.problem;
+    int64_t most = kMaxRows;
+    if (args.weights.data != nullptr) {
+      const int64_t row = 2 * static_cast<int64_t>(sizeof(C)) * round_up(p.seq_len_k, kKeys);
+      most = max(kTileRows, min(kMaxRows, kKeptBytes / row / kTileRows * kTileRows));
+    }
+    return round_up(ceil_div(p.seq_len_q, ceil_div(p.seq_len_q, most)), kTileRows);
+  }
+  Range rows_of(int64_t block) const { return {block * rows_, min((block + 1) * rows_, p_.seq_len_q)}; }
+  int64_t tile_bytes() const { return rows_ * kKeys * static_cast<int64_t>(sizeof(C)); }
+
   // The packed keys and values of one group.
   struct Packed {
     C* k;             // tile after tile of panels of the transposed keys
@@ -53,12 +93,14 @@ class Forward {
   };
   // The state of one block of queries.
   struct Block {
-    C* q;      // [rows, head_dim]
-    C* s;      // [rows, kKeys]: scores, then probabilities
-    C* out;    // [rows, out_stride]
-    C* max;    // [rows]: running maximum of the scores
-    C* alpha;  // [rows]: what the last tile's new maximum scales the past by
-    C* sum;    // [rows, kWidth]: running sum of the probabilities, lane by lane
+    C* q;       // [rows, head_dim]
+    C* s;       // [rows, kKeys]: scores, then probabilities
+    C* out;     // [rows, out_stride]
+    C* max;     // [rows]: running maximum of the scores
+    C* alpha;   // [rows]: what the last tile's new maximum scales the past by
+    C* factor;  // [rows]: what the weighted values are multiplied by at the end
+    C* sum;     // [rows, kWidth]: running sum of the probabilities, lane by lane
+    typename MeanWeights<C>::Block mean;
   };
 
   int64_t packed_bytes() const {
@@ -66,7 +108,7 @@ class Forward {
            round_up(tiles_, 64);
   }
   int64_t block_bytes() const {
-    return (rows_ * (p_.head_dim + kKeys + out_stride_ + 2 + Vec<C>::kWidth)) * sizeof(C) + 6 * 64;
+    return (rows_ * (p_.head_dim + kKeys + out_stride_ + 3 + Vec<C>::kWidth)) * sizeof(C) + 8 * 64 + mean_.bytes();
   }
   Packed carve_packed(Carver carver) const {
     Packed packed;
@@ -83,6 +125,8 @@ class Forward {
     block.max = carver.take<C>(rows_);
     block.alpha = carver.take<C>(rows_);
     block.sum = carver.take<C>(rows_ * Vec<C>::kWidth);
+    block.factor = carver.take<C>(rows_);
+    block.mean = mean_.carve(&carver);
     return block;
   }
 
@@ -101,11 +145,7 @@ class Forward {
     });
   }
 
-  void run_block(const Packed& packed, const Block& block, int64_t group, int64_t task) const {
-    const int64_t batch = group / p_.num_heads_kv;
-    const int64_t head = group % p_.num_heads_kv * group_size_ + task % group_size_;
-    const int64_t begin = task / group_size_ * rows_;
-    const Range rows{begin, min(begin + rows_, p_.seq_len_q)};
+  void run_block(const Packed& packed, Block block, int64_t batch, int64_t head, Range rows) const {
     const int64_t height = rows.end - rows.begin;
     const Mask mask(p_, batch, head);
     const Range seen = mask.k_range(rows.begin, rows.end);
@@ -124,6 +164,7 @@ class Forward {
       const Coverage coverage = mask.coverage(rows, columns);
       if (coverage == Coverage::kNone) continue;
       const int64_t width = columns.end - columns.begin, offset = columns.begin - tile * kKeys;
+      if (mean_.wanted()) block.s = reinterpret_cast<C*>(mean_.kept(block.mean, columns.begin));
       const C* k = packed.k + tile * k_tile_ + offset / kPanelWidth<C> * panel_size<C>(p_.head_dim);
       const C* v = packed.v + tile * v_tile_ + offset * kPanelWidth<C>;
 
@@ -133,6 +174,7 @@ class Forward {
       const bool masked = coverage != Coverage::kAll || width % Vec<C>::kWidth != 0;
       scores_.finish(block.s, kKeys, batch, head, rows, columns, masked, mask);
       softmax_tile(block, height, width);
+      if (mean_.wanted()) mean_.note(block.mean, columns, block.max);
       if (p_.dropout.threshold != 0) {  // the survivors are rescaled once, at the end
         for (int64_t i = 0; i < height; ++i) {
           drop_row(block.s + i * kKeys, width, p_.dropout, batch * p_.num_heads_q + head, rows.begin + i,
@@ -187,15 +229,26 @@ class Forward {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t at = i - rows.begin;
       const C sum = reduce_add(load(block.sum + at * Vec<C>::kWidth));
-      const C factor = end_row(p_, head, sum, block.max[at], &lse[i]);
-      write_row(args_.out, batch, head, i, p_.head_dim_v, block.out + at * out_stride_, factor);
+      block.factor[at] = end_row(p_, head, sum, block.max[at], &lse[i]);
+      write_row(args_.out, batch, head, i, p_.head_dim_v, block.out + at * out_stride_, block.factor[at]);
     }
+    if (!mean_.wanted()) return;
+    for (int64_t i = rows.begin; i < rows.end; ++i) mean_.note_lse(lse[i]);
+    mean_.add(block.mean, rows.end - rows.begin, block.max, block.factor,
+              [](C* sum, const char* kept, int64_t i, int64_t width, Vec<C> factor) {
+                const C* p = reinterpret_cast<const C*>(kept) + i * kKeys;
+                for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
+                  store(sum + j, fma(load(p + j), factor, load(sum + j)));
+                }
+              });
   }
 
   const AttentionForwardArgs& args_;
   const AttentionProblem& p_;
   const Scores<C> scores_;
-  int64_t group_size_, rows_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
+  const int64_t rows_;  // queries a block
+  const MeanWeights<C> mean_;
+  int64_t group_size_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
 };
 
 }  // namespace
@@ -203,7 +256,11 @@ class Forward {
 void attention_forward(const AttentionForwardArgs& args) {
   // Packing a key costs about as much as 16 rows' use of it.
   const int64_t rows = args.problem.num_heads_q / args.problem.num_heads_kv * args.problem.seq_len_q;
-  if (rows <= kDecodeRows) return attention_decode(args);
+  if (rows <= kDecodeRows) {
+    attention_decode(args);
+    if (args.weights.data != nullptr) attention_weights(mean_weights(args));
+    return;
+  }
   if (args.problem.q.dtype == DType::kFloat64) {
     Forward<double>(args).run();
   } else {

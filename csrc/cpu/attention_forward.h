@@ -10,6 +10,9 @@ struct AttentionForwardArgs {
   AttentionProblem problem;
   View out;               // [batch, num_heads_q, seq_len_q, head_dim_v], dtype of q, columns contiguous
   double* lse = nullptr;  // [batch, num_heads_q, seq_len_q], contiguous
+  // Without data, or what gets the mean over the query heads of the weights that dropout leaves: [batch, 1, seq_len_q,
+  // seq_len_k], dtype of q, columns contiguous.
+  View weights;
 };
 
 FASTATTN_DECLARE(void attention_forward(const AttentionForwardArgs& args))

@@ -14,6 +14,7 @@
 
 #include "attention_amx.h"
 #include "attention_forward.h"
+#include "attention_mean.h"
 #include "attention_schedule.h"
 #include "attention_scores.h"
 #include "mask.h"
@@ -26,6 +27,7 @@ constexpr int64_t kRows = kStep;   // queries a block
 constexpr int64_t kKeys = 64;      // keys a tile: all that a tile touches stays in the first-level cache
 constexpr int64_t kMaxBlocks = 4;  // that meet a tile of keys one after the other, where ...
 constexpr int64_t kCachedBytes = int64_t{3} << 19;  // ... keys and values do not stay in the second-level cache
+constexpr int64_t kKeptBytes = int64_t{5} << 18;    // of blocks that go through all heads one after the other
 constexpr float kSlack = 8.0f;                      // in powers of two
 constexpr float kInfinity = __builtin_inff();
 
@@ -35,25 +37,49 @@ template <typename T>
 class ForwardAmx {
  public:
   explicit ForwardAmx(const AttentionForwardArgs& args)
-      : args_(args), p_(args.problem), scores_(p_, kUnit), to_log2_(scores_.to_log2()) {
+      : args_(args),
+        p_(args.problem),
+        scores_(p_, kUnit),
+        to_log2_(scores_.to_log2()),
+        mean_(args, kRows, kKeys, kKeys / kStep * kStepBytes) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
     dim_steps_ = ceil_div(p_.head_dim, kStep);
     value_steps_ = ceil_div(p_.head_dim_v, kStep);
     out_stride_ = value_steps_ * kStep;
     tiles_ = ceil_div(p_.seq_len_k, kKeys);
-    blocks_ = packed_bytes() <= kCachedBytes ? 1 : min(kMaxBlocks, ceil_div(p_.seq_len_q, kRows));
+    const bool cached = !mean_.wanted() && packed_bytes() <= kCachedBytes;
+    blocks_ = cached ? 1 : min(kMaxBlocks, ceil_div(p_.seq_len_q, kRows));
+    if (mean_.wanted()) blocks_ = max(1, min(blocks_, kKeptBytes / mean_.bytes()));
   }
 
   // Returns whether all could be cut into pieces; if not, the output is void.
   bool run() const {
-    const GroupWork work{tiles_, packed_bytes(), group_size_ * ceil_div(p_.seq_len_q, blocks_ * kRows), panel_bytes()};
+    // For the mean weights a panel goes through all heads of its batch entry.
+    const int64_t heads_kv = mean_.wanted() ? p_.num_heads_kv : 1, heads = mean_.wanted() ? 1 : group_size_;
+    const GroupWork work{p_.batch * p_.num_heads_kv / heads_kv, heads_kv * tiles_, heads_kv * packed_bytes(),
+                         heads * ceil_div(p_.seq_len_q, blocks_ * kRows), panel_bytes()};
     for_each_block(
-        p_, work, [&](char* packed, int64_t group, int64_t tile) { pack_tile(packed, group, tile); },
-        [&](const char* packed, char* memory, int64_t group, int64_t panel) {
-          run_panel(packed, carve_panel(Carver(memory)), group, panel);
+        p_, work,
+        [&](char* packed, int64_t group, int64_t task) {
+          const int64_t head = task / tiles_;
+          pack_tile(packed + head * packed_bytes(), group * heads_kv + head, task % tiles_);
+        },
+        [&](const char* packed, char* memory, int64_t group, int64_t index) {
+          Panel panel = carve_panel(Carver(memory));
+          const int64_t begin = index / heads * blocks_ * kRows;
+          panel.count = min(blocks_, ceil_div(p_.seq_len_q - begin, kRows));
+          if (mean_.wanted()) {
+            run_all_heads(packed, panel, group, begin);
+          } else {
+            const int64_t head = group % p_.num_heads_kv * group_size_ + index % group_size_;
+            run_panel(packed, panel, group / p_.num_heads_kv, head, begin);
+          }
         });
     return !kCut || (fits_ && scores_fit(p_, largest_q_, largest_k_, kUnit == ScoreUnit::kRaw));
   }
+
+  // Whether the mean weights, if they are wanted, are there too.
+  bool has_mean() const { return mean_.regular(); }
 
  private:
   static constexpr int kPieces = kPiecesOf<T>;
@@ -69,6 +95,7 @@ class ForwardAmx {
     float* shift;   // [kRows]: what is subtracted from a row's scores, in powers of two
     float* factor;  // [kRows]
     float* sum;     // [kRows, 16]: running sum of the probabilities, lane by lane
+    MeanWeights<float>::Block mean;
     const void* a;  // queries: q or the caller's
     int64_t a_row, a_step;
     Range rows, seen;
@@ -88,6 +115,7 @@ class ForwardAmx {
     Block* block;
     Range columns;
     bool masked;
+    char* p;  // its probabilities
     int64_t steps() const { return ceil_div(columns.end - columns.begin, kStep); }
   };
 
@@ -106,7 +134,8 @@ class ForwardAmx {
 
   int64_t panel_bytes() const {
     const int64_t of_block = dim_steps_ * kStepBytes + kRows * (out_stride_ + 2 + 16) * 4 + 5 * 64;
-    return 2 * kRows * kKeys * (2 * kPieces + 4) + kRows * p_.head_dim * 4 + 5 * 64 + blocks_ * of_block;
+    return 2 * kRows * kKeys * (2 * kPieces + 4) + kRows * p_.head_dim * 4 + 5 * 64 +
+           blocks_ * (of_block + mean_.bytes());
   }
   Panel carve_panel(Carver carver) const {
     Panel panel;
@@ -120,6 +149,7 @@ class ForwardAmx {
       block.shift = carver.take<float>(kRows);
       block.factor = carver.take<float>(kRows);
       block.sum = carver.take<float>(kRows * 16);
+      block.mean = mean_.carve(&carver);
     }
     return panel;
   }
@@ -155,16 +185,26 @@ class ForwardAmx {
     if (kCut) keep_largest(of_k, &largest_k_);
   }
 
-  void run_panel(const char* packed, Panel panel, int64_t group, int64_t index) const {
+  // Also writes the mean weights.
+  void run_all_heads(const char* packed, const Panel& panel, int64_t batch, int64_t begin) const {
+    for (int64_t i = 0; i < panel.count; ++i) mean_.start(panel.blocks[i].mean);
+    for (int64_t head = 0; head < p_.num_heads_q; ++head) {
+      run_panel(packed + head / group_size_ * packed_bytes(), panel, batch, head, begin);
+    }
+    for (int64_t i = 0; i < panel.count; ++i) mean_.write(panel.blocks[i].mean, batch, rows_of(begin, i));
+  }
+
+  // The rows of a panel's block.
+  Range rows_of(int64_t begin, int64_t block) const {
+    return {begin + block * kRows, min(begin + (block + 1) * kRows, p_.seq_len_q)};
+  }
+
+  void run_panel(const char* packed, Panel panel, int64_t batch, int64_t head, int64_t begin) const {
     if (!__atomic_load_n(&fits_, __ATOMIC_RELAXED)) return;
-    const int64_t batch = group / p_.num_heads_kv, head = group % p_.num_heads_kv * group_size_ + index % group_size_;
-    const int64_t begin = index / group_size_ * blocks_ * kRows;
     const Mask mask(p_, batch, head);
-    panel.count = min(blocks_, ceil_div(p_.seq_len_q - begin, kRows));
     Range seen{p_.seq_len_k, 0};
     for (Block* block = panel.blocks; block < panel.blocks + panel.count; ++block) {
-      const int64_t row = begin + (block - panel.blocks) * kRows;
-      start(panel, block, batch, head, {row, min(row + kRows, p_.seq_len_q)}, mask);
+      start(panel, block, batch, head, rows_of(begin, block - panel.blocks), mask);
       seen = {min(seen.begin, block->seen.begin), max(seen.end, block->seen.end)};
     }
 
@@ -176,9 +216,9 @@ class ForwardAmx {
       return Product{t.block->a,    t.block->a_row, t.block->a_step, k,     right, step,
                      s + j * kStep, kKeys * 4,      dim_steps_,      false, true};
     };
-    const auto multiply_v = [&](const Tile& t, const char* p, int64_t n) {
+    const auto multiply_v = [&](const Tile& t, int64_t n) {
       const char* v = packed_v(packed, t.columns.begin) + n * kStepBytes;
-      return Product{p,
+      return Product{t.p,
                      64,
                      kStepBytes,
                      v,
@@ -198,11 +238,11 @@ class ForwardAmx {
     for (int turn = 0; more; turn ^= 1) {
       Block& block = *tile.block;
       float* const s = panel.s[turn];
-      char* const p = panel.p[turn];
+      char* const p = tile.p = mean_.wanted() ? mean_.kept(block.mean, tile.columns.begin) : panel.p[turn];
       more = find_tile(&panel, mask, seen, &at, &next);
       const int64_t of_v = pending ? value_steps_ : 0;
       const auto make = [&](int64_t i) {
-        return i < of_v ? multiply_v(before, panel.p[turn ^ 1], i) : multiply_k(next, panel.s[turn ^ 1], i - of_v);
+        return i < of_v ? multiply_v(before, i) : multiply_k(next, panel.s[turn ^ 1], i - of_v);
       };
       Background<kPieces, decltype(make)> background(products, of_v + (more ? next.steps() : 0), make);
       const int64_t units = products.units(false) * (pending ? value_steps_ * before.steps() : 0) +
@@ -217,6 +257,7 @@ class ForwardAmx {
         }
         rescale(block);
       }
+      if (mean_.wanted()) mean_.note(block.mean, tile.columns, block.shift);
       if (steps == kKeys / kStep) {
         exponentiate(block, s, p, Whole(), background, units);
       } else {
@@ -227,7 +268,7 @@ class ForwardAmx {
       if (p_.dropout.threshold != 0) drop(block, p, tile.columns.begin, steps);
       const bool alone = !kCut && !all_finite(packed, tile);
       if (alone || !more) {
-        for (int64_t n = 0; n < value_steps_; ++n) products.run(multiply_v(tile, p, n));
+        for (int64_t n = 0; n < value_steps_; ++n) products.run(multiply_v(tile, n));
         products.flush();
         block.fresh = false;
       }
@@ -238,7 +279,30 @@ class ForwardAmx {
       before = tile;
       tile = next;
     }
-    for (int64_t i = 0; i < panel.count; ++i) write(panel.blocks[i]);
+    for (int64_t i = 0; i < panel.count; ++i) {
+      const Block& block = panel.blocks[i];
+      write(block);
+      mean_.add(block.mean, block.rows.end - block.rows.begin, block.shift, block.factor, add_row);
+    }
+  }
+
+  // sum += factor * p of `width` columns of a tile's row i, as exponentiate() left them.
+  static void add_row(float* sum, const char* p, int64_t i, int64_t width, FloatVec factor) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    p += i * 64;
+    for (int64_t j = 0; j < width; j += kStep, p += kStepBytes) {
+      FloatVec low = FloatVec::zero(), high = FloatVec::zero();
+#pragma GCC unroll 3
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const __m512i pair = _mm512_loadu_si512(p + piece * kPieceBytes);
+        const FloatVec a{_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))},
+            b{_mm512_castsi512_ps(_mm512_and_si512(pair, upper))};
+        low = piece == 0 ? a : low + a;
+        high = piece == 0 ? b : high + b;
+      }
+      store(sum + j, fma(low, factor, load(sum + j)));
+      store(sum + j + 16, fma(high, factor, load(sum + j + 16)));
+    }
   }
 
   void start(const Panel& panel, Block* block, int64_t batch, int64_t head, Range rows, const Mask& mask) const {
@@ -247,6 +311,7 @@ class ForwardAmx {
     block->rows = rows;
     block->seen = mask.k_range(rows.begin, rows.end);
     block->fresh = true;
+    mean_.start_head(block->mean);
     load_queries(panel, block);
     for (int64_t i = 0; i < kRows; i += 16) store(block->shift + i, FloatVec::set1(-kInfinity));
     for (int64_t i = 0; i < kRows; ++i) store(block->sum + i * 16, FloatVec::zero());
@@ -264,7 +329,7 @@ class ForwardAmx {
       const Coverage coverage = mask.coverage(block.rows, columns);
       if (coverage == Coverage::kNone) continue;
       // A ragged tile's last columns do not exist: they are hidden too.
-      *tile = {&block, columns, coverage != Coverage::kAll || (columns.end - columns.begin) % kStep != 0};
+      *tile = {&block, columns, coverage != Coverage::kAll || (columns.end - columns.begin) % kStep != 0, nullptr};
       ++*at;
       return true;
     }
@@ -446,7 +511,10 @@ class ForwardAmx {
       const FloatVec sum = reduce_each(lanes, [](FloatVec a, FloatVec b) { return a + b; });
       double result[16];
       store(block.factor + half, normalise(sink, sum, load(block.shift + half), result));
-      for (int64_t i = 0; i < n; ++i) lse[block.rows.begin + half + i] = result[i];
+      for (int64_t i = 0; i < n; ++i) {
+        lse[block.rows.begin + half + i] = result[i];
+        mean_.note_lse(result[i]);
+      }
     }
     for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
       const int64_t at = i - block.rows.begin;
@@ -488,10 +556,17 @@ class ForwardAmx {
   const AttentionProblem& p_;
   const Scores<float> scores_;
   const float to_log2_;
+  const MeanWeights<float> mean_;
   int64_t group_size_, dim_steps_, value_steps_, out_stride_, tiles_, blocks_;
   mutable bool fits_ = true;                        // all could be cut into pieces
   mutable uint32_t largest_q_ = 0, largest_k_ = 0;  // bits of a float: the largest query, as packed, and key
 };
+
+// Once more, from the lse.
+void add_mean(const AttentionForwardArgs& forward) {
+  const AttentionWeightsArgs args = mean_weights(forward);
+  attention_weights_takes(args) ? attention_weights(args) : avx512::attention_weights(args);
+}
 
 }  // namespace
 
@@ -501,7 +576,11 @@ void attention_forward(const AttentionForwardArgs& args) {
   bool done = true;
   visit(args.problem.q.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    if constexpr (sizeof(T) <= sizeof(float)) done = ForwardAmx<T>(args).run();
+    if constexpr (sizeof(T) <= sizeof(float)) {
+      const ForwardAmx<T> forward(args);
+      done = forward.run();
+      if (done && !forward.has_mean()) add_mean(args);
+    }
   });
   if (!done) avx512::attention_forward(args);
 }

@@ -7,8 +7,9 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// The pieces of work of one group: a key-value head with the query heads that share it.
+// The pieces of work of one group: a key-value head with the query heads that share it, or all heads of a batch entry.
 struct GroupWork {
+  int64_t groups;
   int64_t tiles;         // pieces of keys to pack
   int64_t packed_bytes;  // of all tiles
   int64_t blocks;        // of queries, of all heads of the group
@@ -19,7 +20,7 @@ struct GroupWork {
 template <typename Pack, typename Run>
 inline void for_each_block(const AttentionProblem& p, const GroupWork& work, const Pack& pack, const Run& run) {
   constexpr int64_t kSharedBytes = int64_t{64} << 20;
-  const int64_t groups = p.batch * p.num_heads_kv, threads = max_threads();
+  const int64_t groups = work.groups, threads = max_threads();
   const double cost = static_cast<double>(p.batch * p.num_heads_q) * static_cast<double>(p.seq_len_q) *
                       static_cast<double>(p.seq_len_k) * static_cast<double>(p.head_dim + p.head_dim_v);
   // A thread a group needs no barrier and keeps the packed tiles in its own cache; worth at most 1 / 8 of idling.

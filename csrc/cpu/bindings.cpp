@@ -289,18 +289,28 @@ void register_limits(py::module_& m) {
       "Copies a float32 vector into another on all threads, past the caches.");
 }
 
+// [batch, rows, columns] as a kernel reads it: [batch, 1, rows, columns].
+View without_heads(View view) {
+  view.stride[2] = view.stride[1];
+  view.stride[1] = 0;
+  return view;
+}
+
 void register_attention_forward(py::module_& m) {
   m.def(
       "attention_forward",
-      [](const py::tuple& call, py::handle out, py::handle lse) {
+      [](const py::tuple& call, py::handle out, py::handle lse, py::handle weights) {
         AttentionForwardArgs args;
         args.problem = read_attention(call);
         args.out = to_view(read_new(out));
         args.lse = read_rows(lse, args.problem);
+        if (!weights.is_none()) args.weights = without_heads(to_view(read_new(weights)));
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(attention_forward, args);
       },
-      "Writes out and lse of a spec.AttentionCall that is not empty.");
+      py::arg("call"), py::arg("out"), py::arg("lse"), py::arg("weights") = py::none(),
+      "Writes out and lse of a spec.AttentionCall that is not empty, and the mean over the heads of its weights, "
+      "[batch, seq_len_q, seq_len_k], where that is given.");
 }
 
 void register_attention_backward(py::module_& m) {
@@ -390,10 +400,7 @@ void register_attention_weights(py::module_& m) {
         args.problem = read_attention(call);
         args.lse = to_view(read_tensor(lse));
         args.out = to_view(read_new(out));
-        if (mean) {  // [batch, seq_len_q, seq_len_k]
-          args.out.stride[2] = args.out.stride[1];
-          args.out.stride[1] = 0;
-        }
+        if (mean) args.out = without_heads(args.out);
         args.mean = mean;
         py::gil_scoped_release release;
         FASTATTN_DISPATCH_AMX(attention_weights, args);

@@ -38,6 +38,12 @@ class CpuBackend(Backend):
         kernels().attention_forward(call, out, lse)
         return out, lse
 
+    def attention_with_weights(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = empty_output(call)
+        weights, _ = attention_weights_spec.empty_result(WeightsCall(call, lse, "head_mean", 0, 1))
+        kernels().attention_forward(call, out, lse, weights)
+        return out, lse, weights
+
     def attention_backward(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from fastattn.nn.kv_cache import KVCache
 from fastattn.ops import _dispatch
 from fastattn.ops.attention import attend
 from fastattn.ops.attention_weights import weigh
+from fastattn.ops.attention_with_weights import attend_with_weights
 from fastattn.ops.linear import linear
 from fastattn.spec.attention import attention_call
 from fastattn.spec.attention_weights import weights_call
@@ -109,11 +110,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             generator=None,
             backend=_dispatch.resolve(None),
         )
-        out, lse = attend(call)
-        weights = None
-        if need_weights:
-            reduce = "head_mean" if average_attn_weights else "none"
-            weights, _ = weigh(weights_call(call, lse, reduce, None, 1))
+        weights: Tensor | None = None
+        if need_weights and average_attn_weights:
+            out, _, weights = attend_with_weights(call)
+        else:
+            out, lse = attend(call)
+            if need_weights:
+                weights, _ = weigh(weights_call(call, lse, "none", None, 1))
         if query.dim() == 2:
             out = out[0].transpose(0, 1)
             weights = None if weights is None else weights[0]

@@ -285,7 +285,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * _NUM_FIELDS
         grads: list[Tensor | None] = [None] * _NUM_FIELDS
-        for at, grad in zip(_DIFFERENTIABLE_AT, _gradients(call, out, lse, dout, dlse, needed), strict=True):
+        for at, grad in zip(_DIFFERENTIABLE_AT, attention_gradients(call, out, lse, dout, dlse, needed), strict=True):
             grads[at] = grad
         return tuple(grads)
 
@@ -326,7 +326,7 @@ class _PlainAttention(torch.autograd.Function):
             backend="",
         )
         needed = [*needed[:3], *(False,) * (len(DIFFERENTIABLE) - 3)]
-        dquery, dkey, dvalue, *_ = _gradients(call, out, lse, dout, None, needed)
+        dquery, dkey, dvalue, *_ = attention_gradients(call, out, lse, dout, None, needed)
         return dquery, dkey, dvalue, None, None
 
 
@@ -339,7 +339,7 @@ def _try_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tens
     return _apply_plain(query, key, value, found, numbers) if type(found) is list else found
 
 
-def _gradients(
+def attention_gradients(
     call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, needed: list[bool]
 ) -> list[Tensor | None]:
     """Returns the gradients of ``DIFFERENTIABLE`` that are needed."""

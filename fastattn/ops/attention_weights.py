@@ -216,14 +216,19 @@ class _AttentionWeights(torch.autograd.Function):
     def backward(ctx: Any, dresult: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         args = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
         needed = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE_AT]
-        if torch.is_grad_enabled():
-            found = _differentiable_gradients(_unflat(tuple(args)), needed, dresult)
-        else:
-            found = _attention_weights_backward(*args, dresult, needed)
+        found = weights_gradients(_unflat(tuple(args)), needed, dresult)
         grads: list[Tensor | None] = [None] * _NUM_FIELDS
         for at, grad, need in zip(_DIFFERENTIABLE_AT, found, needed, strict=True):
             grads[at] = grad if need else None
         return tuple(grads)
+
+
+def weights_gradients(call: WeightsCall, needed: list[bool], dresult: Tensor) -> list[Tensor | None]:
+    """Returns the gradients of the ``DIFFERENTIABLE`` fields and of lse; where grad is enabled they are differentiable
+    themselves."""
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(call, needed, dresult)
+    return _attention_weights_backward(*_flat(call), dresult, needed)
 
 
 def _differentiable_gradients(call: WeightsCall, needed: list[bool], dresult: Tensor) -> list[Tensor | None]:
