@@ -1,0 +1,131 @@
+"""Triton kernels for GPUs (``kernels/``); on CPU tensors in Triton's interpreter, where TRITON_INTERPRET=1 is set."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Backend
+from fastattn.kernels.arguments import Dropout, Mask, Problem, View
+from fastattn.spec.attention import AttentionCall, empty_output
+
+_LOG2_E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+
+
+def interpreted() -> bool:
+    """Returns whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend(Backend):
+    name = "triton"
+
+    @property
+    def device_types(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("cpu",) if interpreted() else ("cuda",)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install 'triton>=3.6'"
+        if not interpreted() and not torch.cuda.is_available():
+            return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        return None
+
+    def refuses(self, op: str, call: NamedTuple) -> list[str]:
+        reasons = super().refuses(op, call)
+        if isinstance(call, AttentionCall) and max(call.query.shape[3], call.value.shape[3]) > MAX_HEAD_DIM:
+            reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
+        return reasons
+
+    def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        from fastattn.kernels.attention_forward import attention_forward
+
+        out, lse = empty_output(call)
+        if out.numel() == 0:
+            lse.fill_(-math.inf)
+            return out, lse
+        batch, heads, seq_len_q, head_dim = call.query.shape
+        head_dim_v = call.value.shape[3]
+        rows, keys = tile(call)
+        attention_forward[(-(-seq_len_q // rows), batch * heads)](
+            view(call.query),
+            view(call.key),
+            view(call.value),
+            view(out),
+            lse,
+            call.sinks,
+            problem(call),
+            head_dim,
+            head_dim_v,
+            PRECISION=precision(),
+            ROWS=rows,
+            KEYS=keys,
+            DIM=padded(head_dim),
+            DIM_V=padded(head_dim_v),
+        )
+        return out, lse
+
+
+def tile(call: AttentionCall) -> tuple[int, int]:
+    return 64, 64
+
+
+def padded(dim: int) -> int:
+    """Returns the power of two, at least 16, that holds ``dim``."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def precision() -> str:
+    """Returns how float32 is multiplied: as float32, unless PyTorch's own setting allows TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def view(tensor: Tensor) -> View:
+    return View(tensor, *tensor.stride())
+
+
+def broadcast(tensor: Tensor) -> View:
+    """Returns a view in which a dimension of size 1 is every index's."""
+    return View(tensor, *(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def problem(call: AttentionCall) -> Problem:
+    """Returns what the scores of ``call`` depend on."""
+    _, num_heads_q, seq_len_q, seq_len_k = call.shape
+    bias = None if call.bias is None else broadcast(call.bias)
+    relative = None if call.relative_bias is None else broadcast(call.relative_bias[None, :, None])
+    plain = not call.softcap and bias is None and relative is None
+    return Problem(
+        seq_len_q,
+        seq_len_k,
+        num_heads_q,
+        call.group_size,
+        call.softmax_scale * _LOG2_E if plain else call.softmax_scale,
+        call.softcap or None,
+        mask(call),
+        bias,
+        relative,
+        None
+        if call.dropout_state is None
+        else Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), 1.0 / (1.0 - call.dropout_p)),
+    )
+
+
+def mask(call: AttentionCall) -> Mask | None:
+    """Returns the mask of ``call``, None where all may see all."""
+    _, _, seq_len_q, seq_len_k = call.shape
+    # Beyond these bounds the band covers everything or nothing.
+    lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
+    hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
+    parts: Sequence[Any] = (call.key_lengths, call.segments_q, call.dense_mask)
+    if all(part is None for part in parts) and lo <= 1 - seq_len_q and hi >= seq_len_k - 1:
+        return None
+    dense = None if call.dense_mask is None else broadcast(call.dense_mask.view(torch.uint8))
+    return Mask(lo, hi, call.key_lengths, call.segments_q, call.segments_k, dense)

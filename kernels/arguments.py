@@ -1,0 +1,88 @@
+"""What kernels are handed: a few tensors with their strides, grouped by what they mean.
+
+A field that a call does not have is None, which is a constant to the compiler: what depends on it is not compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class View(NamedTuple):
+    """A 4-D tensor; strides in elements.
+
+    Attributes:
+        data: tensor, first element.
+        batch: stride of the first dimension.
+        head: stride of the second.
+        row: stride of the third.
+        column: stride of the fourth, 1 in all but masks and biases.
+    """
+
+    data: Any
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Mask(NamedTuple):
+    """Who may see whom, as ``fastattn.masks.CanonicalMask`` says it.
+
+    Attributes:
+        diag_lo: least ``key - query``, clamped so that sums with positions fit in 32 bits.
+        diag_hi: largest.
+        key_lengths: int32 [batch], or None.
+        segments_q: int32 [batch, seq_len_q], or None.
+        segments_k: int32 [batch, seq_len_k], or None.
+        dense: :class:`View` of 0 and 1, or None.
+    """
+
+    diag_lo: int
+    diag_hi: int
+    key_lengths: Any
+    segments_q: Any
+    segments_k: Any
+    dense: Any
+
+
+class Dropout(NamedTuple):
+    """Which probabilities are dropped.
+
+    Attributes:
+        state: int64 [2], seed and offset.
+        threshold: a random number below it drops its element.
+        rescale: what survivors are multiplied by.
+    """
+
+    state: Any
+    threshold: int
+    rescale: float
+
+
+class Problem(NamedTuple):
+    """Everything that the scores of a call depend on, besides queries and keys.
+
+    Attributes:
+        seq_len_q: queries.
+        seq_len_k: keys.
+        num_heads_q: query heads.
+        group_size: query heads that share a key-value head.
+        scale: what a product of query and key is multiplied by; in powers of two where there is no softcap and no bias.
+        softcap: None for none.
+        mask: :class:`Mask`, or None where all may see all.
+        bias: :class:`View`, or None.
+        relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1], or None.
+        dropout: :class:`Dropout`, or None.
+    """
+
+    seq_len_q: int
+    seq_len_k: int
+    num_heads_q: int
+    group_size: int
+    scale: float
+    softcap: Any
+    mask: Any
+    bias: Any
+    relative_bias: Any
+    dropout: Any

@@ -1,0 +1,172 @@
+"""Attention forward: a block of queries against tiles of keys with a running softmax.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels import masking, philox
+from fastattn.kernels.tile import (
+    LN_2,
+    LOG2_E,
+    accumulator,
+    add_seen,
+    all_finite,
+    finish_scores,
+    load_rows,
+    store_rows,
+)
+
+
+@triton.jit
+def _tiles(
+    state,
+    query,
+    key,
+    value,
+    problem,
+    batch,
+    head,
+    row_begin,
+    begin,
+    end,
+    limit,
+    head_dim,
+    head_dim_v,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+    POISONED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
+    """Moves the state over the tiles of keys in [begin, end), multiples of KEYS.
+
+    Args:
+        state: ``(out, top, total)``: output before its division [ROWS, DIM_V], running maximum of the scores in powers
+            of two and running sum of their exponentials [ROWS].
+        MASKED: whether anything may be invisible.
+        POISONED: whether values may be NaN or infinite where they are invisible.
+    """
+    out, top, total = state
+    head_kv = head // problem.group_size
+    rows = (row_begin + tl.arange(0, ROWS))[:, None]
+    for start in range(begin, end, KEYS):
+        start = tl.multiple_of(start, KEYS)
+        columns = (start + tl.arange(0, KEYS))[None, :]
+        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
+        product = tl.dot(query, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
+        s, _ = finish_scores(problem, product, batch, head, rows, columns, limit, MASKED)
+        now = tl.maximum(top, tl.max(s, axis=1))
+        # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(top - shift)
+        total = total * alpha + tl.sum(p, axis=1)
+        top = now
+        if problem.dropout is not None:
+            plane = batch * problem.num_heads_q + head
+            p = tl.where(philox.keep(problem.dropout, plane, row_begin, start, ROWS, KEYS), p, 0.0)
+        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
+        out *= alpha[:, None]
+        if POISONED:
+            seen = masking.visible(
+                problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
+            )
+            out = add_seen(out, p, v, seen, KEYS)
+        else:
+            out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=out.dtype)
+    return out, top, total
+
+
+@triton.jit
+def attention_forward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    sinks,
+    problem,
+    head_dim,
+    head_dim_v,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
+    """Writes out and lse of a block of queries of one head.
+
+    Grid: blocks of queries, the last first, because under a causal mask they see most; then batch * num_heads_q.
+
+    Args:
+        query: View of [batch, num_heads_q, seq_len_q, head_dim]; likewise ``key``, ``value`` and ``out``.
+        lse: float64 [batch, num_heads_q, seq_len_q].
+        sinks: [num_heads_q], or None.
+        problem: Problem.
+        PRECISION: how float32 is multiplied.
+        ROWS: queries a block.
+        KEYS: keys a tile.
+        DIM: power of two that holds head_dim; DIM_V likewise.
+    """
+    block, plane = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    row_begin = block * ROWS
+    row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
+    dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
+
+    q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, ROWS, DIM)
+    state = (
+        tl.zeros([ROWS, DIM_V], dtype),
+        tl.full([ROWS], float("-inf"), dtype),
+        tl.zeros([ROWS], dtype),
+    )
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    begin, end = masking.key_range(problem.mask, row_begin, row_end, limit)
+    free_begin, free_end = masking.shared_key_range(problem.mask, row_begin, row_end, limit)
+    # In whole tiles: keys before the first free tile, free ones, and the rest.
+    begin = begin // KEYS * KEYS
+    free_begin = tl.maximum(tl.cdiv(free_begin, KEYS) * KEYS, begin)
+    free_end = tl.maximum(free_end // KEYS * KEYS, free_begin)
+    if free_end == free_begin:
+        free_begin, free_end = begin, begin
+    # Rows beyond the last query see nothing, whatever a free tile says: nothing of them is stored.
+    first = (begin, free_begin, free_end)
+    last = (free_begin, free_end, end)
+    for part in tl.static_range(3):
+        state = _tiles(
+            state, q, key, value, problem, batch, head, row_begin, first[part], last[part], limit, head_dim,
+            head_dim_v, PRECISION, part != 1, False, ROWS, KEYS, DIM, DIM_V,
+        )  # fmt: skip
+    result, top, total = state
+    if problem.mask is not None:
+        if not all_finite(result):
+            # Perhaps by a value that its row may not see: once more, touching only what may be seen.
+            state = (tl.zeros([ROWS, DIM_V], dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype))
+            result, top, total = _tiles(
+                state, q, key, value, problem, batch, head, row_begin, begin, end, limit, head_dim, head_dim_v,
+                PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
+            )  # fmt: skip
+
+    # A sink is one more score, without a value.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    log_total = tl.where(total == 0, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
+    log_total = tl.where(top == float("inf"), float("inf"), log_total)
+    factor = tl.where(total == 0, 0.0, 1.0 / total)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float64) * LOG2_E
+        greater = tl.maximum(log_total, sink)
+        both = greater + tl.log2(tl.exp2(log_total - greater) + tl.exp2(sink - greater))
+        both = tl.where(greater == float("-inf"), greater, both)
+        factor = tl.where(total == 0, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(dtype)
+        log_total = both
+    if problem.dropout is not None:
+        factor *= problem.dropout.rescale
+    store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result * factor[:, None], ROWS, DIM_V)
+    rows = row_begin + tl.arange(0, ROWS)
+    tl.store(lse + plane.to(tl.int64) * problem.seq_len_q + rows, log_total * LN_2, mask=rows < problem.seq_len_q)

@@ -1,0 +1,116 @@
+"""A tile of queries against keys: what attention's kernels, forward and backward, share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels import masking
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def accumulator(dtype: tl.constexpr):
+    """Returns the dtype in which sums of ``dtype`` are kept."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.jit
+def load_rows(view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns rows [begin, begin + ROWS) of a view, 0 from row ``limit`` and column ``columns`` on."""
+    rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
+    inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
+    return tl.load(start + rows[:, None] * view.row + at[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(view, batch, head, begin, limit, columns, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rounds values [ROWS, COLUMNS] to the view's dtype and stores them where :func:`load_rows` would load."""
+    rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
+    inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
+    tl.store(start + rows[:, None] * view.row + at[None, :], values.to(view.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _element(view, batch, head, rows, columns, inside):
+    at = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head
+    at += rows.to(tl.int64) * view.row + columns.to(tl.int64) * view.column
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: tl.constexpr):
+    """Returns the scores of a tile in powers of two, and the slope of the softcap at each of them.
+
+    Args:
+        product: what queries times keys is.
+        rows: int32 queries; broadcast with ``columns`` they have the shape of ``product``, either way round.
+        columns: int32 keys.
+        limit: what ``masking.key_end`` returned.
+        MASKED: whether anything in the tile may be invisible; what is has score -inf.
+
+    Returns:
+        ``(scores, slope)``; slope is 1.0 without a softcap.
+    """
+    inside = (rows < problem.seq_len_q) & (columns < problem.seq_len_k)
+    slope = 1.0
+    s = product * problem.scale
+    if problem.softcap is not None:
+        # tanh through a power of two that cannot overflow.
+        folded = tl.exp2(tl.abs(s) * (-2.0 * LOG2_E / problem.softcap))
+        bent = (1.0 - folded) / (1.0 + folded)
+        # For small x the difference cancels, and x - x^3 / 3 is exact.
+        x = tl.abs(s) / problem.softcap
+        bent = tl.where(x < 0.04, x * (1.0 - x * x * (0.3333333333333333 - x * x * 0.13333333333333333)), bent)
+        slope = 1.0 - bent * bent
+        s = tl.where(s < 0, -bent, bent) * problem.softcap
+    if problem.bias is not None:
+        s += _element(problem.bias, batch, head, rows, columns, inside).to(s.dtype)
+    if problem.relative_bias is not None:
+        diagonals = columns - rows + (problem.seq_len_q - 1)
+        s += _element(problem.relative_bias, batch, head, 0 * diagonals, diagonals, inside).to(s.dtype)
+    if not is_plain(problem):
+        s *= LOG2_E
+    if MASKED:
+        seen = masking.visible(
+            problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
+        )
+        s = tl.where(seen, s, float("-inf"))
+    return s, slope
+
+
+@triton.jit
+def is_plain(problem):
+    """Returns whether ``problem.scale`` holds log2(e) already."""
+    return problem.softcap is None and problem.bias is None and problem.relative_bias is None
+
+
+@triton.jit
+def all_finite(values):
+    """Returns whether no element of a tile is NaN or infinite."""
+    return tl.max(tl.max((values - values != 0).to(tl.int32), axis=1), axis=0) == 0
+
+
+@triton.jit
+def add_seen(to, weights, values, seen, COUNT: tl.constexpr):
+    """Returns ``to + weights @ values`` over the pairs that ``seen`` allows: 0 * NaN is NaN, so what may not be seen
+    must not be touched.
+
+    Args:
+        to: [rows, columns].
+        weights: [rows, COUNT].
+        values: [COUNT, columns], of which any element may be NaN or infinite.
+        seen: bool [rows, COUNT].
+    """
+    each = tl.arange(0, COUNT)
+    for k in range(COUNT):
+        here = each == k
+        weight = tl.sum(tl.where(here[None, :], weights, 0.0), axis=1)
+        value = tl.sum(tl.where(here[:, None], values, 0.0).to(to.dtype), axis=0)
+        may = tl.max((seen & here[None, :]).to(tl.int32), axis=1) > 0
+        to += tl.where(may[:, None], weight[:, None] * value[None, :], 0.0)
+    return to
