@@ -1,6 +1,7 @@
 """What kernels are handed: a few tensors with their strides, grouped by what they mean.
 
-A field that a call does not have is None, which is a constant to the compiler: what depends on it is not compiled.
+What a call does not have is None, a constant to the compiler, so that nothing of it is compiled. (None stands for a
+tensor or a number: Triton cannot ask of a tuple whether it is None.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ class View(NamedTuple):
     """A 4-D tensor; strides in elements.
 
     Attributes:
-        data: tensor, first element.
+        data: tensor, or None.
         batch: stride of the first dimension.
         head: stride of the second.
         row: stride of the third.
@@ -30,27 +31,27 @@ class Mask(NamedTuple):
     """Who may see whom, as ``fastattn.masks.CanonicalMask`` says it.
 
     Attributes:
-        diag_lo: least ``key - query``, clamped so that sums with positions fit in 32 bits.
-        diag_hi: largest.
+        diag_lo: least ``key - query``, clamped so that sums with positions fit in 32 bits; None for an open band.
+        diag_hi: largest; None with ``diag_lo``.
         key_lengths: int32 [batch], or None.
         segments_q: int32 [batch, seq_len_q], or None.
         segments_k: int32 [batch, seq_len_k], or None.
-        dense: :class:`View` of 0 and 1, or None.
+        dense: :class:`View` of 0 and 1.
     """
 
-    diag_lo: int
-    diag_hi: int
+    diag_lo: int | None
+    diag_hi: int | None
     key_lengths: Any
     segments_q: Any
     segments_k: Any
-    dense: Any
+    dense: View
 
 
 class Dropout(NamedTuple):
     """Which probabilities are dropped.
 
     Attributes:
-        state: int64 [2], seed and offset.
+        state: int64 [2], seed and offset; None for no dropout.
         threshold: a random number below it drops its element.
         rescale: what survivors are multiplied by.
     """
@@ -70,10 +71,10 @@ class Problem(NamedTuple):
         group_size: query heads that share a key-value head.
         scale: what a product of query and key is multiplied by; in powers of two where there is no softcap and no bias.
         softcap: None for none.
-        mask: :class:`Mask`, or None where all may see all.
-        bias: :class:`View`, or None.
-        relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1], or None.
-        dropout: :class:`Dropout`, or None.
+        mask: :class:`Mask`.
+        bias: :class:`View`.
+        relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1].
+        dropout: :class:`Dropout`.
     """
 
     seq_len_q: int
@@ -82,7 +83,7 @@ class Problem(NamedTuple):
     group_size: int
     scale: float
     softcap: Any
-    mask: Any
-    bias: Any
-    relative_bias: Any
-    dropout: Any
+    mask: Mask
+    bias: View
+    relative_bias: View
+    dropout: Dropout

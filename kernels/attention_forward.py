@@ -68,7 +68,7 @@ def _tiles(
         alpha = tl.exp2(top - shift)
         total = total * alpha + tl.sum(p, axis=1)
         top = now
-        if problem.dropout is not None:
+        if problem.dropout.state is not None:
             plane = batch * problem.num_heads_q + head
             p = tl.where(philox.keep(problem.dropout, plane, row_begin, start, ROWS, KEYS), p, 0.0)
         v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
@@ -144,7 +144,7 @@ def attention_forward(
             head_dim_v, PRECISION, part != 1, False, ROWS, KEYS, DIM, DIM_V,
         )  # fmt: skip
     result, top, total = state
-    if problem.mask is not None:
+    if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
         if not all_finite(result):
             # Perhaps by a value that its row may not see: once more, touching only what may be seen.
             state = (tl.zeros([ROWS, DIM_V], dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype))
@@ -165,7 +165,7 @@ def attention_forward(
         both = tl.where(greater == float("-inf"), greater, both)
         factor = tl.where(total == 0, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(dtype)
         log_total = both
-    if problem.dropout is not None:
+    if problem.dropout.state is not None:
         factor *= problem.dropout.rescale
     store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result * factor[:, None], ROWS, DIM_V)
     rows = row_begin + tl.arange(0, ROWS)

@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.constexpr_function
 def accumulator(dtype: tl.constexpr):
     """Returns the dtype in which sums of ``dtype`` are kept."""
     return tl.float64 if dtype == tl.float64 else tl.float32
@@ -68,12 +68,13 @@ def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: t
         bent = tl.where(x < 0.04, x * (1.0 - x * x * (0.3333333333333333 - x * x * 0.13333333333333333)), bent)
         slope = 1.0 - bent * bent
         s = tl.where(s < 0, -bent, bent) * problem.softcap
-    if problem.bias is not None:
+    if problem.bias.data is not None:
         s += _element(problem.bias, batch, head, rows, columns, inside).to(s.dtype)
-    if problem.relative_bias is not None:
+    if problem.relative_bias.data is not None:
         diagonals = columns - rows + (problem.seq_len_q - 1)
         s += _element(problem.relative_bias, batch, head, 0 * diagonals, diagonals, inside).to(s.dtype)
-    if not is_plain(problem):
+    # Otherwise the scale holds log2(e).
+    if problem.softcap is not None or problem.bias.data is not None or problem.relative_bias.data is not None:
         s *= LOG2_E
     if MASKED:
         seen = masking.visible(
@@ -81,12 +82,6 @@ def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: t
         )
         s = tl.where(seen, s, float("-inf"))
     return s, slope
-
-
-@triton.jit
-def is_plain(problem):
-    """Returns whether ``problem.scale`` holds log2(e) already."""
-    return problem.softcap is None and problem.bias is None and problem.relative_bias is None
 
 
 @triton.jit

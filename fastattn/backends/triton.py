@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,17 +90,18 @@ def view(tensor: Tensor) -> View:
     return View(tensor, *tensor.stride())
 
 
-def broadcast(tensor: Tensor) -> View:
+def broadcast(tensor: Tensor | None) -> View:
     """Returns a view in which a dimension of size 1 is every index's."""
+    if tensor is None:
+        return View(None, 0, 0, 0, 0)
     return View(tensor, *(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
 
 
 def problem(call: AttentionCall) -> Problem:
     """Returns what the scores of ``call`` depend on."""
     _, num_heads_q, seq_len_q, seq_len_k = call.shape
-    bias = None if call.bias is None else broadcast(call.bias)
-    relative = None if call.relative_bias is None else broadcast(call.relative_bias[None, :, None])
-    plain = not call.softcap and bias is None and relative is None
+    relative_bias = None if call.relative_bias is None else call.relative_bias[None, :, None]
+    plain = not call.softcap and call.bias is None and relative_bias is None
     return Problem(
         seq_len_q,
         seq_len_k,
@@ -110,22 +110,20 @@ def problem(call: AttentionCall) -> Problem:
         call.softmax_scale * _LOG2_E if plain else call.softmax_scale,
         call.softcap or None,
         mask(call),
-        bias,
-        relative,
-        None
-        if call.dropout_state is None
-        else Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), 1.0 / (1.0 - call.dropout_p)),
+        broadcast(call.bias),
+        broadcast(relative_bias),
+        Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), 1.0 / (1.0 - call.dropout_p)),
     )
 
 
-def mask(call: AttentionCall) -> Mask | None:
-    """Returns the mask of ``call``, None where all may see all."""
+def mask(call: AttentionCall) -> Mask:
+    """Returns the mask of ``call``."""
     _, _, seq_len_q, seq_len_k = call.shape
-    # Beyond these bounds the band covers everything or nothing.
-    lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
-    hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
-    parts: Sequence[Any] = (call.key_lengths, call.segments_q, call.dense_mask)
-    if all(part is None for part in parts) and lo <= 1 - seq_len_q and hi >= seq_len_k - 1:
-        return None
-    dense = None if call.dense_mask is None else broadcast(call.dense_mask.view(torch.uint8))
-    return Mask(lo, hi, call.key_lengths, call.segments_q, call.segments_k, dense)
+    lo: int | None = None
+    hi: int | None = None
+    if call.diag_lo > -seq_len_q or call.diag_hi < seq_len_k:
+        # Beyond these bounds the band covers everything or nothing.
+        lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
+        hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
+    dense = None if call.dense_mask is None else call.dense_mask.view(torch.uint8)
+    return Mask(lo, hi, call.key_lengths, call.segments_q, call.segments_k, broadcast(dense))
