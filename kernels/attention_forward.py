@@ -127,17 +127,7 @@ def attention_forward(
         tl.zeros([ROWS], dtype),
     )
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    begin, end = masking.key_range(problem.mask, row_begin, row_end, limit)
-    free_begin, free_end = masking.shared_key_range(problem.mask, row_begin, row_end, limit)
-    # In whole tiles: keys before the first free tile, free ones, and the rest.
-    begin = begin // KEYS * KEYS
-    free_begin = tl.maximum(tl.cdiv(free_begin, KEYS) * KEYS, begin)
-    free_end = tl.maximum(free_end // KEYS * KEYS, free_begin)
-    if free_end == free_begin:
-        free_begin, free_end = begin, begin
-    # Rows beyond the last query see nothing, whatever a free tile says: nothing of them is stored.
-    first = (begin, free_begin, free_end)
-    last = (free_begin, free_end, end)
+    first, last = masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS)
     for part in tl.static_range(3):
         state = _tiles(
             state, q, key, value, problem, batch, head, row_begin, first[part], last[part], limit, head_dim,
@@ -149,21 +139,23 @@ def attention_forward(
             # Perhaps by a value that its row may not see: once more, touching only what may be seen.
             state = (tl.zeros([ROWS, DIM_V], dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype))
             result, top, total = _tiles(
-                state, q, key, value, problem, batch, head, row_begin, begin, end, limit, head_dim, head_dim_v,
+                state, q, key, value, problem, batch, head, row_begin, first[0], last[2], limit, head_dim, head_dim_v,
                 PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
             )  # fmt: skip
 
     # A sink is one more score, without a value.
     shift = tl.where(top == float("-inf"), 0.0, top)
-    log_total = tl.where(total == 0, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    log_total = tl.where(nothing, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
     log_total = tl.where(top == float("inf"), float("inf"), log_total)
-    factor = tl.where(total == 0, 0.0, 1.0 / total)
+    factor = tl.where(nothing, 0.0, 1.0 / total)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float64) * LOG2_E
         greater = tl.maximum(log_total, sink)
         both = greater + tl.log2(tl.exp2(log_total - greater) + tl.exp2(sink - greater))
         both = tl.where(greater == float("-inf"), greater, both)
-        factor = tl.where(total == 0, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(dtype)
+        factor = tl.where(nothing, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(dtype)
         log_total = both
     if problem.dropout.state is not None:
         factor *= problem.dropout.rescale

@@ -67,6 +67,33 @@ def shared_query_range(mask, column_begin, column_end, limit, seq_len_q):
 
 
 @triton.jit
+def key_parts(mask, row_begin, row_end, limit, KEYS: tl.constexpr):
+    """Returns the tiles of keys that queries of [row_begin, row_end) may see, as ``(first, last)`` of three ranges of
+    keys in multiples of KEYS: the middle one is seen by all of these queries, in the others something may be hidden."""
+    begin, end = key_range(mask, row_begin, row_end, limit)
+    free_begin, free_end = shared_key_range(mask, row_begin, row_end, limit)
+    return _parts(begin, end, free_begin, free_end, KEYS)
+
+
+@triton.jit
+def query_parts(mask, column_begin, column_end, limit, seq_len_q, ROWS: tl.constexpr):
+    """The same the other way round: the blocks of queries that may see a key of [column_begin, column_end)."""
+    begin, end = query_range(mask, column_begin, column_end, limit, seq_len_q)
+    free_begin, free_end = shared_query_range(mask, column_begin, column_end, limit, seq_len_q)
+    return _parts(begin, end, free_begin, free_end, ROWS)
+
+
+@triton.jit
+def _parts(begin, end, free_begin, free_end, STEP: tl.constexpr):
+    begin = begin // STEP * STEP
+    free_begin = tl.maximum(tl.cdiv(free_begin, STEP) * STEP, begin)
+    free_end = tl.maximum(tl.minimum(free_end, end) // STEP * STEP, free_begin)
+    none = free_end == free_begin
+    free_begin, free_end = tl.where(none, begin, free_begin), tl.where(none, begin, free_end)
+    return (begin, free_begin, free_end), (free_begin, free_end, end)
+
+
+@triton.jit
 def visible(mask, batch, head, rows, columns, limit, seq_len_q, seq_len_k):
     """Returns whether each query sees each key.
 

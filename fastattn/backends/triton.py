@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend
 from fastattn.kernels.arguments import Dropout, Mask, Problem, View
-from fastattn.spec.attention import AttentionCall, empty_output
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, lse_dtype
 
 _LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -70,6 +71,55 @@ class TritonBackend(Backend):
             DIM_V=padded(head_dim_v),
         )
         return out, lse
+
+    def attention_backward(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        from fastattn.kernels import attention_backward as backward
+
+        grads = [
+            torch.empty_like(tensor) if need and tensor is not None else None
+            for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
+        ]
+        dquery, dkey, dvalue, dbias, _, dsinks = grads
+        batch, heads, seq_len_q, head_dim = call.query.shape
+        heads_kv, seq_len_k, head_dim_v = call.value.shape[1:]
+        if out.numel() == 0 or seq_len_k == 0:
+            return [None if grad is None else grad.zero_() for grad in grads]
+        rows, keys = tile(call)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        lse = lse.contiguous()
+        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        blocks, tiles = -(-seq_len_q // rows), -(-seq_len_k // keys)
+        dims = {"DIM_V": padded(head_dim_v)}
+        backward.attention_backward_rows[(blocks, batch * heads)](
+            view(out),
+            view(dout),
+            lse,
+            None if dlse is None else dlse.to(lse.dtype).contiguous(),
+            *statistics,
+            seq_len_q,
+            heads,
+            head_dim_v,
+            ROWS=rows,
+            **dims,
+        )
+        inputs = (view(call.query), view(call.key), view(call.value), view(dout), *statistics)
+        rest = (problem(call), call.softmax_scale, head_dim, head_dim_v)
+        sizes = {"PRECISION": precision(), "ROWS": rows, "KEYS": keys, "DIM": padded(head_dim), **dims}
+        if dkey is not None or dvalue is not None:
+            backward.attention_backward_keys[(tiles, batch * heads_kv)](
+                *inputs, broadcast(dkey), broadcast(dvalue), *rest, **sizes
+            )
+        if dquery is not None or dbias is not None:
+            written = None if dbias is None else dbias.zero_()
+            backward.attention_backward_queries[(blocks, batch * heads)](
+                *inputs, broadcast(dquery), broadcast(written), *rest, **sizes
+            )
+        if dsinks is not None and call.sinks is not None:
+            weight = (call.sinks.to(lse.dtype)[:, None] - lse).exp()
+            dsinks.copy_(-(torch.where(lse.isneginf(), 0.0, weight) * statistics[2]).sum(dim=(0, 2)))
+        return grads
 
 
 def tile(call: AttentionCall) -> tuple[int, int]:
