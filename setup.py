@@ -186,8 +186,9 @@ class BuildExt(build_ext):
 
 
 setup(
-    packages=find_packages(include=["fastattn", "fastattn.*"]),
-    package_dir={"fastattn": "fastattn"},
+    packages=sorted({*find_packages(include=["fastattn", "fastattn.*"]), "fastattn.kernels"}),
+    # They stand beside the package; for a checkout that is not installed, fastattn/kernels is a link to them.
+    package_dir={"fastattn": "fastattn", "fastattn.kernels": "kernels"},
     # package_data says it all; folders of data are then not taken for packages that somebody forgot.
     include_package_data=False,
     package_data={

@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.spec.attention import AttentionCall
+
+_LOG2_E = 1.4426950408889634
+
 
 class View(NamedTuple):
     """A 4-D tensor; strides in elements.
@@ -87,3 +95,52 @@ class Problem(NamedTuple):
     bias: View
     relative_bias: View
     dropout: Dropout
+
+
+def view(tensor: Tensor) -> View:
+    return View(tensor, *tensor.stride())
+
+
+def broadcast(tensor: Tensor | None) -> View:
+    """Returns a view in which a dimension of size 1 is every index's."""
+    if tensor is None:
+        return View(None, 0, 0, 0, 0)
+    return View(tensor, *(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def number(value: float, dtype: torch.dtype) -> Any:
+    """Returns a number as a kernel takes it: Triton rounds arguments to float32, and constants not at all."""
+    return tl.constexpr(value) if dtype == torch.float64 else value
+
+
+def problem(call: AttentionCall) -> Problem:
+    """Returns what the scores of ``call`` depend on."""
+    _, num_heads_q, seq_len_q, seq_len_k = call.shape
+    dtype = call.query.dtype
+    relative_bias = None if call.relative_bias is None else call.relative_bias[None, :, None]
+    plain = not call.softcap and call.bias is None and relative_bias is None
+    return Problem(
+        seq_len_q,
+        seq_len_k,
+        num_heads_q,
+        call.group_size,
+        number(call.softmax_scale * _LOG2_E if plain else call.softmax_scale, dtype),
+        number(call.softcap, dtype) if call.softcap else None,
+        mask(call),
+        broadcast(call.bias),
+        broadcast(relative_bias),
+        Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), number(1.0 / (1.0 - call.dropout_p), dtype)),
+    )
+
+
+def mask(call: AttentionCall) -> Mask:
+    """Returns the mask of ``call``."""
+    _, _, seq_len_q, seq_len_k = call.shape
+    lo: int | None = None
+    hi: int | None = None
+    if call.diag_lo > -seq_len_q or call.diag_hi < seq_len_k:
+        # Beyond these bounds the band covers everything or nothing.
+        lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
+        hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
+    dense = None if call.dense_mask is None else call.dense_mask.view(torch.uint8)
+    return Mask(lo, hi, call.key_lengths, call.segments_q, call.segments_k, broadcast(dense))

@@ -1,106 +1,121 @@
-"""Attention backward (Dao, "FlashAttention-2", 2023, algorithm 2), without atomics: every sum has one owner and one order.
+"""Attention backward, without atomics: every sum has one owner and one order.
 
     S = Q K^T, P = exp(S - lse), dP = dO V^T, dS = P (dP - delta);  dV = P^T dO, dK = dS^T Q, dQ = dS K
 
-``attention_backward_rows`` prepares a number or two a query. ``attention_backward_keys`` owns a tile of keys and values
-and goes over the queries that see it; ``attention_backward_queries`` owns a block of queries and goes over their keys.
-Scores are computed by both: that costs two products of seven and saves both the atomics and a buffer of partial sums.
+``_attention_bwd_rows_kernel`` prepares three numbers a query. ``_attention_bwd_keys_kernel`` owns a tile of keys
+and values and goes over the queries that see it; ``_attention_bwd_queries_kernel`` owns a block of queries and goes
+over their keys. Scores are computed by both: that costs two products of seven and saves both the atomics and a buffer
+of partial sums. ``attention_bias_backward.py`` has the gradients of biases that many queries or heads share.
+
+Source: Dao, "FlashAttention-2", 2023, algorithm 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastattn.kernels import masking, philox
-from fastattn.kernels.tile import LOG2_E, accumulator, add_seen, all_finite, finish_scores, load_rows, store_rows
+from fastattn.kernels import masking, tiles
+from fastattn.kernels.arguments import broadcast, number, problem, view
+from fastattn.kernels.attention_bias_backward import bias_gradient, relative_bias_gradient
+from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
+from fastattn.kernels.scores import load_statistics, score_gradients
+from fastattn.kernels.tile import (
+    LOG2_E,
+    accumulator,
+    add_seen,
+    all_finite,
+    block_and_plane,
+    load_rows,
+    store_rows,
+    store_tile,
+)
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, lse_dtype
 
 
 @triton.jit
-def attention_backward_rows(
+def _attention_bwd_rows_kernel(
+    query,
+    key,
+    value,
     out,
     dout,
     lse,
     dlse,
+    sinks,
     shift,
     factor,
     delta,
-    seq_len_q,
-    num_heads_q,
+    problem,
+    head_dim,
     head_dim_v,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
     DIM_V: tl.constexpr,
 ):
     """Writes what the other kernels need of each query: a probability is ``exp2(score - shift) * factor``, and
     ``delta = sum(dout * out) - dlse``.
 
     The whole powers of two of lse are in the shift and the rest in the factor, so that nothing of lse is rounded away.
+    ``dP - delta`` cancels where few keys share the weight: a block of queries all of whose keys lie in one tile takes
+    ``sum(P dP)`` of the very dP that the other kernels compute, so that what should cancel does.
 
-    Grid: blocks of queries; batch * num_heads_q.
+    Grid: blocks of queries times batch * num_heads_q.
 
     Args:
-        out: View of [batch, num_heads_q, seq_len_q, head_dim_v]; likewise ``dout``.
+        query: View of [batch, num_heads_q, seq_len_q, head_dim]; ``out`` and ``dout`` of [..., head_dim_v]; ``key`` and
+            ``value`` of [batch, num_heads_kv, seq_len_k, ...].
         lse: float64 [batch, num_heads_q, seq_len_q]; likewise ``dlse``, or None.
+        sinks: [num_heads_q], or None.
         shift: like lse, in the dtype of accumulators; likewise ``factor`` and ``delta``.
+        problem: Problem.
     """
-    block, plane = tl.program_id(0), tl.program_id(1)
-    batch, head = plane // num_heads_q, plane % num_heads_q
+    block, plane = block_and_plane(problem.seq_len_q, ROWS)
+    batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
     dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
     begin = block * ROWS
-    o = load_rows(out, batch, head, begin, seq_len_q, head_dim_v, ROWS, DIM_V).to(dtype)
-    do = load_rows(dout, batch, head, begin, seq_len_q, head_dim_v, ROWS, DIM_V).to(dtype)
+    do = load_rows(dout, batch, head, begin, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
     rows = begin + tl.arange(0, ROWS)
-    at, inside = plane.to(tl.int64) * seq_len_q + rows, rows < seq_len_q
-    log_total = tl.load(lse + at, mask=inside, other=float("-inf")) * LOG2_E
+    first_row = plane.to(tl.int64) * problem.seq_len_q
+    inside = rows < problem.seq_len_q
+    log_total = tl.load(lse + first_row + rows, mask=inside, other=float("-inf")) * LOG2_E
     empty = log_total == float("-inf")
     # Of an infinite lse nothing is left over; an empty row has no probabilities, whatever its scores.
     whole = tl.where(empty, 0.0, tl.floor(log_total + 0.5))
     rest = tl.where(tl.abs(log_total) == float("inf"), 0.0, whole - log_total)
-    d = tl.sum(o * do, axis=1)
+    share = tl.where(empty, 0.0, tl.exp2(rest)).to(dtype)
+    whole = whole.to(dtype)
+
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    first, last = masking.key_parts(problem.mask, begin, tl.minimum(begin + ROWS, problem.seq_len_q), limit, KEYS)
+    if last[2] - first[0] <= KEYS:
+        head_kv = head // problem.group_size
+        q = load_rows(query, batch, head, begin, problem.seq_len_q, head_dim, ROWS, DIM)
+        k = load_rows(key, batch, head_kv, first[0], limit, head_dim, KEYS, DIM)
+        v = load_rows(value, batch, head_kv, first[0], limit, head_dim_v, KEYS, DIM_V)
+        p, _, weighted, _ = score_gradients(
+            problem, q, k, v, do, whole, share, tl.zeros([ROWS], dtype), batch, head, begin, first[0], limit,
+            PRECISION, True, ROWS, KEYS,
+        )  # fmt: skip
+        d = tl.sum(weighted, axis=1)
+        if sinks is None:
+            # They add up to 1 but for rounding, which is as large as what should cancel.
+            d /= tl.where(empty, 1.0, tl.sum(p, axis=1))
+    else:
+        o = load_rows(out, batch, head, begin, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
+        d = tl.sum(o.to(dtype) * do.to(dtype), axis=1)
     if dlse is not None:
-        d -= tl.load(dlse + at, mask=inside, other=0.0).to(dtype)
-    tl.store(shift + at, whole.to(dtype), mask=inside)
-    tl.store(factor + at, tl.where(empty, 0.0, tl.exp2(rest)).to(dtype), mask=inside)
-    tl.store(delta + at, tl.where(empty, 0.0, d), mask=inside)
-
-
-@triton.jit
-def _softmax_backward(
-    problem, q, k, v, do, statistics, batch, head, row_begin, column_begin, limit,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Returns a tile's (dropped) probabilities, the gradients of its scores and those before the softcap; [ROWS, KEYS].
-
-    Args:
-        q: queries [ROWS, DIM]; likewise ``k``, ``v`` and ``do``.
-        statistics: pointers to shift, factor and delta of the head's first query.
-    """
-    shift, factor, delta = statistics
-    rows = row_begin + tl.arange(0, ROWS)
-    columns = column_begin + tl.arange(0, KEYS)
-    inside = rows < problem.seq_len_q
-    dtype: tl.constexpr = accumulator(q.dtype)
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dtype)
-    s, slope = finish_scores(problem, product, batch, head, rows[:, None], columns[None, :], limit, MASKED)
-    p = tl.exp2(s - tl.load(shift + rows, mask=inside, other=0.0)[:, None])
-    p *= tl.load(factor + rows, mask=inside, other=0.0)[:, None]
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dtype)
-    dropped = p
-    if problem.dropout.state is not None:
-        plane = batch * problem.num_heads_q + head
-        keep = philox.keep(problem.dropout, plane, row_begin, column_begin, ROWS, KEYS)
-        dropped = tl.where(keep, p * problem.dropout.rescale, 0.0)
-        dp = tl.where(keep, dp * problem.dropout.rescale, 0.0)
-    ds = p * (dp - tl.load(delta + rows, mask=inside, other=0.0)[:, None])
-    if MASKED:
-        # What is invisible may be NaN, and so may what it is multiplied by.
-        hidden = s == float("-inf")
-        dropped = tl.where(hidden, 0.0, dropped)
-        ds = tl.where(hidden, 0.0, ds)
-    dx = ds
-    if problem.softcap is not None:
-        dx = tl.where(ds == 0, 0.0, ds * slope)
-    return dropped, ds, dx
+        d -= tl.load(dlse + first_row + rows, mask=inside, other=0.0).to(dtype)
+    tl.store(shift + first_row + rows, whole, mask=inside)
+    tl.store(factor + first_row + rows, share, mask=inside)
+    tl.store(delta + first_row + rows, tl.where(empty, 0.0, d), mask=inside)
 
 
 @triton.jit
@@ -109,16 +124,18 @@ def _add_queries(
     head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the queries in [begin, end), multiples of ROWS, to ``state = (dk, dv)``."""
-    dk, dv = state
+    """Adds the share of the queries in [begin, end), multiples of ROWS, to ``state = (dk, dv, db)``."""
+    dk, dv, db = state
     for start in range(begin, end, ROWS):
         start = tl.multiple_of(start, ROWS)
         q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM)
         do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
-        p, _, dx = _softmax_backward(
-            problem, q, key_tile, value_tile, do, statistics, batch, head, start, column_begin, limit, PRECISION,
-            MASKED, ROWS, KEYS,
+        shift, factor, delta = load_statistics(statistics, start, problem.seq_len_q, ROWS)
+        _, p, ds, dx = score_gradients(
+            problem, q, key_tile, value_tile, do, shift, factor, delta, batch, head, start, column_begin, limit,
+            PRECISION, MASKED, ROWS, KEYS,
         )  # fmt: skip
+        db += tl.sum(ds, axis=0)
         if POISONED:
             rows = (start + tl.arange(0, ROWS))[None, :]
             columns = (column_begin + tl.arange(0, KEYS))[:, None]
@@ -130,11 +147,11 @@ def _add_queries(
         else:
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
             dk = tl.dot(tl.trans(dx.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
-    return dk, dv
+    return dk, dv, db
 
 
 @triton.jit
-def attention_backward_keys(
+def _attention_bwd_keys_kernel(
     query,
     key,
     value,
@@ -144,6 +161,7 @@ def attention_backward_keys(
     delta,
     dkey,
     dvalue,
+    dbias,
     problem,
     scale,
     head_dim,
@@ -156,16 +174,17 @@ def attention_backward_keys(
 ):
     """Writes the gradients of a tile of keys and values: summed over queries, then over the heads of their group.
 
-    Grid: tiles of keys; batch * num_heads_kv.
+    Grid: tiles of keys times batch * num_heads_kv.
 
     Args:
         query: View of [batch, num_heads_q, seq_len_q, head_dim]; likewise ``dout``; ``key`` and ``value`` of
             [batch, num_heads_kv, seq_len_k, ...], as ``dkey`` and ``dvalue``.
-        shift: what ``attention_backward_rows`` wrote; likewise ``factor`` and ``delta``.
+        shift: what ``_attention_bwd_rows_kernel`` wrote; likewise ``factor`` and ``delta``.
+        dbias: [batch, num_heads_q, seq_len_k] in the dtype of accumulators, for a bias that all queries share, or None.
         problem: Problem.
         scale: softmax_scale.
     """
-    tile, plane = tl.program_id(0), tl.program_id(1)
+    tile, plane = block_and_plane(problem.seq_len_k, KEYS)
     num_heads_kv = problem.num_heads_q // problem.group_size
     batch, head_kv = plane // num_heads_kv, plane % num_heads_kv
     column_begin = tile * KEYS
@@ -174,17 +193,22 @@ def attention_backward_keys(
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V)
     first, last = masking.query_parts(problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS)
-    state = (tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype))
+    dk, dv = tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype)
     for member in range(problem.group_size):
         head = head_kv * problem.group_size + member
         row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
         statistics = (shift + row, factor + row, delta + row)
+        state = (dk, dv, tl.zeros([KEYS], dtype))
         for part in tl.static_range(3):
             state = _add_queries(
                 state, query, k, v, dout, statistics, problem, batch, head, column_begin, first[part], last[part],
                 limit, head_dim, head_dim_v, PRECISION, part != 1, False, ROWS, KEYS, DIM, DIM_V,
             )  # fmt: skip
-    dk, dv = state
+        dk, dv, db = state
+        if dbias is not None:
+            columns = column_begin + tl.arange(0, KEYS)
+            to = dbias + (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_k
+            tl.store(to + columns, db, mask=columns < problem.seq_len_k)
     if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
         if not (all_finite(dk) & all_finite(dv)):
             # Perhaps by a query that may not see these keys: once more, touching only what may be seen.
@@ -193,9 +217,10 @@ def attention_backward_keys(
                 head = head_kv * problem.group_size + member
                 row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
                 statistics = (shift + row, factor + row, delta + row)
-                dk, dv = _add_queries(
-                    (dk, dv), query, k, v, dout, statistics, problem, batch, head, column_begin, first[0], last[2], limit,
-                    head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
+                dk, dv, _ = _add_queries(
+                    (dk, dv, tl.zeros([KEYS], dtype)), query, k, v, dout, statistics, problem, batch, head,
+                    column_begin, first[0], last[2], limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS,
+                    DIM, DIM_V,
                 )  # fmt: skip
     if dkey.data is not None:
         store_rows(dkey, batch, head_kv, column_begin, problem.seq_len_k, head_dim, dk * scale, KEYS, DIM)
@@ -215,8 +240,8 @@ def _add_keys(
         start = tl.multiple_of(start, KEYS)
         k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
         v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
-        _, ds, dx = _softmax_backward(
-            problem, query_block, k, v, dout_block, statistics, batch, head, row_begin, start, limit, PRECISION,
+        _, _, ds, dx = score_gradients(
+            problem, query_block, k, v, dout_block, *statistics, batch, head, row_begin, start, limit, PRECISION,
             MASKED, ROWS, KEYS,
         )  # fmt: skip
         if POISONED:
@@ -229,17 +254,12 @@ def _add_keys(
         else:
             dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
         if dbias.data is not None:
-            rows = row_begin + tl.arange(0, ROWS)
-            columns = start + tl.arange(0, KEYS)
-            to = dbias.data + batch.to(tl.int64) * dbias.batch + head.to(tl.int64) * dbias.head
-            to += rows.to(tl.int64)[:, None] * dbias.row + columns[None, :]
-            inside = (rows < problem.seq_len_q)[:, None] & (columns < problem.seq_len_k)[None, :]
-            tl.store(to, ds.to(dbias.data.dtype.element_ty), mask=inside)
+            store_tile(dbias, batch, head, row_begin, start, problem.seq_len_q, problem.seq_len_k, ds, ROWS, KEYS)
     return dq
 
 
 @triton.jit
-def attention_backward_queries(
+def _attention_bwd_queries_kernel(
     query,
     key,
     value,
@@ -261,15 +281,15 @@ def attention_backward_queries(
 ):
     """Writes the gradients of a block of queries and, where each query has a bias of its own, those of its bias.
 
-    Grid: blocks of queries, the last first; batch * num_heads_q.
+    Grid: blocks of queries times batch * num_heads_q.
 
     Args:
         dquery: View of [batch, num_heads_q, seq_len_q, head_dim].
         dbias: View of [batch, num_heads_q, seq_len_q, seq_len_k] that is 0 already, for what no query sees.
 
-    The others are those of :func:`attention_backward_keys`.
+    The others are those of :func:`_attention_bwd_keys_kernel`.
     """
-    block, plane = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    block, plane = block_and_plane(problem.seq_len_q, ROWS)
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
     row_begin = block * ROWS
     row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
@@ -277,7 +297,7 @@ def attention_backward_queries(
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, ROWS, DIM)
     do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
     row = plane.to(tl.int64) * problem.seq_len_q
-    statistics = (shift + row, factor + row, delta + row)
+    statistics = load_statistics((shift + row, factor + row, delta + row), row_begin, problem.seq_len_q, ROWS)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     first, last = masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS)
     dq = tl.zeros([ROWS, DIM], dtype)
@@ -294,3 +314,121 @@ def attention_backward_queries(
             )  # fmt: skip
     if dquery.data is not None:
         store_rows(dquery, batch, head, row_begin, problem.seq_len_q, head_dim, dq * scale, ROWS, DIM)
+
+
+def _common(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor]) -> tuple[Any, ...]:
+    return (view(call.query), view(call.key), view(call.value), view(dout), *statistics)
+
+
+def _numbers(call: AttentionCall) -> tuple[Any, ...]:
+    return (problem(call), number(call.softmax_scale, call.query.dtype), call.query.shape[3], call.value.shape[3])
+
+
+def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
+    dims = {"DIM": padded(call.query.shape[3]), "DIM_V": padded(call.value.shape[3])}
+    return {"PRECISION": precision(), "ROWS": tile.rows, "KEYS": tile.columns, **dims, **tile.options}
+
+
+def _row_arguments(
+    call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, statistics: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    inputs = (view(call.query), view(call.key), view(call.value), view(out), view(dout), lse, dlse, call.sinks)
+    return (*inputs, *statistics, problem(call), call.query.shape[3], call.value.shape[3])
+
+
+def attention_bwd(
+    call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed, of a call that is not empty."""
+    grads = [
+        torch.empty_like(tensor) if need and tensor is not None else None
+        for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
+    ]
+    dquery, dkey, dvalue, dbias, drelative_bias, dsinks = grads
+    batch, num_heads_q, seq_len_q, seq_len_k = call.shape
+    planes, planes_kv = batch * num_heads_q, batch * call.key.shape[1]
+    dout = dout if dout.shape[-1] <= 1 or dout.stride(-1) == 1 else dout.contiguous()
+    lse = lse.to(torch.float64).contiguous()
+    dlse = None if dlse is None else dlse.to(torch.float64).contiguous()
+    statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+    device = architecture(call.query.device)
+
+    def rows(tile: Tile) -> None:
+        arguments = _row_arguments(call, out, lse, dout, dlse, statistics)
+        _attention_bwd_rows_kernel[(cdiv(seq_len_q, tile.rows) * planes,)](*arguments, **_options(call, tile))
+
+    launch("attention_backward, rows", tiles.choose(tiles.SQUARE, call, device), rows)
+
+    # Where each query has a bias of its own, its gradient is a tile of the queries' kernel; where all share one, a sum
+    # of the keys'.
+    own = dbias is not None and dbias.shape == call.shape
+    shared = dbias is not None and not own and dbias.shape[2] == 1 and dbias.shape[3] == seq_len_k > 1
+    if dkey is not None or dvalue is not None or shared:
+        of_keys = statistics[0].new_empty((batch, num_heads_q, seq_len_k)) if shared else None
+
+        def keys(tile: Tile) -> None:
+            _attention_bwd_keys_kernel[(cdiv(seq_len_k, tile.columns) * planes_kv,)](
+                *_common(call, dout, statistics), broadcast(dkey), broadcast(dvalue), of_keys, *_numbers(call),
+                **_options(call, tile),
+            )  # fmt: skip
+
+        launch("attention_backward, keys", tiles.choose(tiles.BACKWARD_KEYS, call, device), keys)
+        if of_keys is not None and dbias is not None:
+            dbias.copy_(of_keys[:, :, None].to(torch.float64).sum_to_size(dbias.shape))
+    if dquery is not None or own:
+        written = dbias.zero_() if own and dbias is not None else None
+
+        def queries(tile: Tile) -> None:
+            _attention_bwd_queries_kernel[(cdiv(seq_len_q, tile.rows) * planes,)](
+                *_common(call, dout, statistics), broadcast(dquery), broadcast(written), *_numbers(call),
+                **_options(call, tile),
+            )  # fmt: skip
+
+        launch("attention_backward, queries", tiles.choose(tiles.BACKWARD_QUERIES, call, device), queries)
+
+    sink_weight = None
+    if call.sinks is not None:
+        sink_weight = torch.where(lse.isneginf(), 0.0, (call.sinks.to(lse.dtype)[:, None] - lse).exp())
+    if dbias is not None and not own and not shared:
+        if dbias.shape[3] == 1:
+            # dS of a row adds up to dlse + delta * (the sink's weight): sum(P dP) is sum(dout * out).
+            of_rows = torch.zeros_like(lse) if dlse is None else dlse
+            if sink_weight is not None:
+                of_rows = of_rows + statistics[2] * sink_weight
+            of_rows = torch.where(lse.isneginf(), 0.0, of_rows)
+            dbias.copy_(of_rows[..., None].sum_to_size(dbias.shape))
+        else:
+            bias_gradient(call, dout, statistics, dbias)
+    if drelative_bias is not None:
+        relative_bias_gradient(call, dout, statistics, drelative_bias)
+    if dsinks is not None and sink_weight is not None:
+        dsinks.copy_(-(sink_weight * statistics[2]).sum(dim=(0, 2)))
+    return grads
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields each kernel with every tile of its table for an architecture."""
+    for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
+        out, lse = empty_output(call)
+        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        arguments = _row_arguments(call, out, lse, out, lse, statistics)
+        yield Configuration(
+            f"attention backward, rows {name}", _attention_bwd_rows_kernel, arguments, _options(call, tile)
+        )
+    for name, call, tile in tiles.calls(tiles.BACKWARD_KEYS, architecture):
+        out, lse = empty_output(call)
+        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        of_keys = None if call.bias is None else statistics[0].new_empty(call.bias.shape[1:])
+        arguments = (
+            *_common(call, out, statistics), broadcast(call.key), broadcast(call.value), of_keys, *_numbers(call)
+        )  # fmt: skip
+        yield Configuration(
+            f"attention backward, keys {name}", _attention_bwd_keys_kernel, arguments, _options(call, tile)
+        )
+    for name, call, tile in tiles.calls(tiles.BACKWARD_QUERIES, architecture):
+        out, lse = empty_output(call)
+        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        arguments = (*_common(call, out, statistics), broadcast(call.query), broadcast(call.bias), *_numbers(call))
+        yield Configuration(
+            f"attention backward, queries {name}", _attention_bwd_queries_kernel, arguments, _options(call, tile)
+        )

@@ -5,20 +5,28 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastattn.kernels import masking, philox
+from fastattn.kernels import masking, philox, tiles
+from fastattn.kernels.arguments import problem, view
+from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
 from fastattn.kernels.tile import (
     LN_2,
     LOG2_E,
     accumulator,
     add_seen,
     all_finite,
+    block_and_plane,
     finish_scores,
     load_rows,
     store_rows,
 )
+from fastattn.spec.attention import AttentionCall, empty_output
 
 
 @triton.jit
@@ -84,7 +92,7 @@ def _tiles(
 
 
 @triton.jit
-def attention_forward(
+def _attention_fwd_kernel(
     query,
     key,
     value,
@@ -102,7 +110,7 @@ def attention_forward(
 ):
     """Writes out and lse of a block of queries of one head.
 
-    Grid: blocks of queries, the last first, because under a causal mask they see most; then batch * num_heads_q.
+    Grid: blocks of queries times batch * num_heads_q, as ``tile.block_and_plane`` takes it apart.
 
     Args:
         query: View of [batch, num_heads_q, seq_len_q, head_dim]; likewise ``key``, ``value`` and ``out``.
@@ -114,7 +122,7 @@ def attention_forward(
         KEYS: keys a tile.
         DIM: power of two that holds head_dim; DIM_V likewise.
     """
-    block, plane = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    block, plane = block_and_plane(problem.seq_len_q, ROWS)
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
     row_begin = block * ROWS
     row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
@@ -162,3 +170,45 @@ def attention_forward(
     store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result * factor[:, None], ROWS, DIM_V)
     rows = row_begin + tl.arange(0, ROWS)
     tl.store(lse + plane.to(tl.int64) * problem.seq_len_q + rows, log_total * LN_2, mask=rows < problem.seq_len_q)
+
+
+def _arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+    return (
+        view(call.query),
+        view(call.key),
+        view(call.value),
+        view(out),
+        lse,
+        call.sinks,
+        problem(call),
+        call.query.shape[3],
+        call.value.shape[3],
+    )
+
+
+def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
+    dims = {"DIM": padded(call.query.shape[3]), "DIM_V": padded(call.value.shape[3])}
+    return {"PRECISION": precision(), "ROWS": tile.rows, "KEYS": tile.columns, **dims, **tile.options}
+
+
+def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(out, lse)`` of a call that is not empty."""
+    out, lse = empty_output(call)
+    batch, num_heads_q, seq_len_q, _ = call.shape
+    arguments = _arguments(call, out, lse)
+
+    def start(tile: Tile) -> None:
+        grid = (cdiv(seq_len_q, tile.rows) * batch * num_heads_q,)
+        _attention_fwd_kernel[grid](*arguments, **_options(call, tile))
+
+    launch("attention", tiles.choose(tiles.FORWARD, call, architecture(call.query.device)), start)
+    return out, lse
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernel with every tile of its table for an architecture."""
+    for name, call, tile in tiles.calls(tiles.FORWARD, architecture):
+        out, lse = empty_output(call)
+        yield Configuration(
+            f"attention forward {name}", _attention_fwd_kernel, _arguments(call, out, lse), _options(call, tile)
+        )

@@ -34,4 +34,4 @@ def keep(dropout, plane, row_begin, column_begin, ROWS: tl.constexpr, COLUMNS: t
     )
     # Element 4 q + r of a row is number r of its quad: joined last, r counts fastest.
     numbers = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(numbers, [ROWS, COLUMNS]) >= dropout.threshold.to(tl.uint32)
+    return tl.reshape(numbers, [ROWS, COLUMNS]) >= tl.full([1, 1], dropout.threshold, tl.uint32)

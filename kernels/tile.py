@@ -18,12 +18,23 @@ def accumulator(dtype: tl.constexpr):
 
 
 @triton.jit
+def block_and_plane(length, SIZE: tl.constexpr):
+    """Returns which block of ``length`` rows, and of which batch entry and head, this program works on.
+
+    One axis of the grid holds both, because the others end at 65,535. Programs of one head are neighbours, so that they
+    find its keys and values in the cache; the last rows come first, because under a causal mask they see most.
+    """
+    blocks = tl.cdiv(length, SIZE)
+    return blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def load_rows(view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Returns rows [begin, begin + ROWS) of a view, 0 from row ``limit`` and column ``columns`` on."""
     rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
     inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
-    return tl.load(start + rows[:, None] * view.row + at[None, :], mask=inside, other=0.0)
+    return tl.load(start + rows.to(tl.int64)[:, None] * view.row + at[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -32,7 +43,21 @@ def store_rows(view, batch, head, begin, limit, columns, values, ROWS: tl.conste
     rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
     inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
-    tl.store(start + rows[:, None] * view.row + at[None, :], values.to(view.data.dtype.element_ty), mask=inside)
+    tl.store(
+        start + rows.to(tl.int64)[:, None] * view.row + at[None, :], values.to(view.data.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def store_tile(
+    view, batch, head, row_begin, column_begin, limit_rows, limit, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Rounds values [ROWS, COLUMNS] to the view's dtype and stores them, any strides, before both limits."""
+    rows, columns = row_begin + tl.arange(0, ROWS), column_begin + tl.arange(0, COLUMNS)
+    to = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head
+    to += rows.to(tl.int64)[:, None] * view.row + columns.to(tl.int64)[None, :] * view.column
+    inside = (rows < limit_rows)[:, None] & (columns < limit)[None, :]
+    tl.store(to, values.to(view.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -63,9 +88,12 @@ def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: t
         # tanh through a power of two that cannot overflow.
         folded = tl.exp2(tl.abs(s) * (-2.0 * LOG2_E / problem.softcap))
         bent = (1.0 - folded) / (1.0 + folded)
-        # For small x the difference cancels, and x - x^3 / 3 is exact.
+        # For small x the difference cancels; five terms of the series are exact in float64 up to 0.04.
         x = tl.abs(s) / problem.softcap
-        bent = tl.where(x < 0.04, x * (1.0 - x * x * (0.3333333333333333 - x * x * 0.13333333333333333)), bent)
+        x2 = x * x
+        series = 0.05396825396825397 - x2 * 0.021869488536155203
+        series = x * (1.0 - x2 * (0.3333333333333333 - x2 * (0.13333333333333333 - x2 * series)))
+        bent = tl.where(x < 0.04, series, bent)
         slope = 1.0 - bent * bent
         s = tl.where(s < 0, -bent, bent) * problem.softcap
     if problem.bias.data is not None:
@@ -77,9 +105,7 @@ def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: t
     if problem.softcap is not None or problem.bias.data is not None or problem.relative_bias.data is not None:
         s *= LOG2_E
     if MASKED:
-        seen = masking.visible(
-            problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
-        )
+        seen = masking.visible(problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k)
         s = tl.where(seen, s, float("-inf"))
     return s, slope
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Triton reads it when it is imported, which is when its backend serves the first call.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests of kernels that are there in Triton too take these as further parameters.
+TRITON = [] if importlib.util.find_spec("triton") is None else ["triton"]
 
 try:
     from fastattn import _cpu

@@ -40,9 +40,10 @@ FLOORS = {
     "fastattn.biases": 0,
     "fastattn.errors": 0,
 }
+# In a checkout the kernels are a link, which rglob() does not follow.
 MODULES = {
     ".".join(("fastattn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in PACKAGE.rglob("*.py")
+    for path in {*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")}
 }
 CALLS = {
     "attention": AttentionCall,

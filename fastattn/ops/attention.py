@@ -65,7 +65,7 @@ def attention(
         sinks: float [num_heads_q]; one more logit a head that takes weight and has no value.
         return_lse: True also returns the log of the softmax's denominator.
         generator: source of the dropout's seed; by default the device's global one.
-        backend: "reference" | "cpu"; by default the first that supports the call.
+        backend: "reference" | "cpu" | "triton"; by default the first that supports the call.
 
     Returns:
         ``out`` [batch, num_heads_q, seq_len_q, head_dim_v] in query's dtype; with ``return_lse`` also ``lse``

@@ -1,0 +1,224 @@
+"""Gradients of biases that heads, batch entries or diagonals share: one program owns a tile of them, in one order.
+
+``dbias = sum of dS``, over whatever the bias is broadcast along (``attention_backward.py`` says what dS is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels import masking, tiles
+from fastattn.kernels.arguments import broadcast, problem, view
+from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
+from fastattn.kernels.scores import load_statistics, score_gradients
+from fastattn.kernels.tile import accumulator, load_rows, store_tile
+from fastattn.spec.attention import AttentionCall, empty_output, lse_dtype
+
+
+@triton.jit
+def _tile(
+    query, key, value, dout, shift, factor, delta, problem, head_dim, head_dim_v, batch, head, row_begin, column_begin,
+    PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Returns the gradients of a tile of scores [SIZE, SIZE]."""
+    head_kv = head // problem.group_size
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
+    statistics = load_statistics((shift + row, factor + row, delta + row), row_begin, problem.seq_len_q, SIZE)
+    q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
+    do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
+    k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, SIZE, DIM)
+    v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, SIZE, DIM_V)
+    _, _, ds, _ = score_gradients(
+        problem, q, k, v, do, *statistics, batch, head, row_begin, column_begin, limit, PRECISION, True, SIZE, SIZE
+    )
+    return ds
+
+
+@triton.jit
+def _bias_bwd_kernel(
+    query,
+    key,
+    value,
+    dout,
+    shift,
+    factor,
+    delta,
+    dbias,
+    problem,
+    head_dim,
+    head_dim_v,
+    num_batches,
+    bias_batches,
+    bias_heads,
+    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
+    """Writes a tile of the gradient of a bias, summed over the batch entries and heads that share it.
+
+    Grid: tiles of keys, times blocks of queries, times bias_batches * bias_heads.
+
+    Args:
+        query: View of [batch, num_heads_q, seq_len_q, head_dim]; likewise ``dout``; ``key`` and ``value`` of
+            [batch, num_heads_kv, seq_len_k, ...].
+        shift: what ``_attention_bwd_rows_kernel`` wrote; likewise ``factor`` and ``delta``.
+        dbias: View of [bias_batches, bias_heads, seq_len_q, seq_len_k].
+        problem: Problem.
+    """
+    tiles_k, blocks = tl.cdiv(problem.seq_len_k, SIZE), tl.cdiv(problem.seq_len_q, SIZE)
+    column_begin = tl.program_id(0) % tiles_k * SIZE
+    row_begin = tl.program_id(0) // tiles_k % blocks * SIZE
+    plane = tl.program_id(0) // tiles_k // blocks
+    batch, head = plane // bias_heads, plane % bias_heads
+    total = tl.zeros([SIZE, SIZE], accumulator(query.data.dtype.element_ty))
+    for other in range((num_batches // bias_batches) * (problem.num_heads_q // bias_heads)):
+        # Where the bias has a batch entry or a head for each, there is one step of it.
+        at_batch = batch + other // (problem.num_heads_q // bias_heads)
+        at_head = head + other % (problem.num_heads_q // bias_heads)
+        limit = masking.key_end(problem.mask, at_batch, problem.seq_len_k)
+        begin, end = masking.key_range(problem.mask, row_begin, tl.minimum(row_begin + SIZE, problem.seq_len_q), limit)
+        if (column_begin < end) & (column_begin + SIZE > begin):
+            total += _tile(
+                query, key, value, dout, shift, factor, delta, problem, head_dim, head_dim_v, at_batch, at_head,
+                row_begin, column_begin, PRECISION, SIZE, DIM, DIM_V,
+            )  # fmt: skip
+    store_tile(dbias, batch, head, row_begin, column_begin, problem.seq_len_q, problem.seq_len_k, total, SIZE, SIZE)
+
+
+@triton.jit
+def _relative_bias_bwd_kernel(
+    query,
+    key,
+    value,
+    dout,
+    shift,
+    factor,
+    delta,
+    drelative,
+    problem,
+    head_dim,
+    head_dim_v,
+    num_batches,
+    bias_heads,
+    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
+    """Writes the gradients of SIZE neighbouring diagonals, summed along them and over the heads that share them.
+
+    Diagonals ``key - query`` of [first, first + SIZE) cross two tiles of each block of queries: rotating row r of a
+    tile by r puts each diagonal into a column, part of it from the one tile and part from the other.
+
+    Grid: groups of SIZE diagonals, the first beginning at the last multiple of SIZE that is not above the first
+    diagonal; times bias_heads.
+
+    Args:
+        drelative: [bias_heads, seq_len_q + seq_len_k - 1].
+
+    The others are those of :func:`_bias_bwd_kernel`.
+    """
+    diagonals = problem.seq_len_q + problem.seq_len_k - 1
+    before = tl.cdiv(problem.seq_len_q - 1, SIZE)
+    groups = before + tl.cdiv(problem.seq_len_k, SIZE)
+    first = (tl.program_id(0) % groups - before) * SIZE
+    head = tl.program_id(0) // groups
+    rows = tl.arange(0, SIZE)[:, None]
+    turned = rows + tl.arange(0, SIZE)[None, :]
+    dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
+    total = tl.zeros([SIZE], dtype)
+    seen = True
+    if problem.mask.diag_lo is not None:
+        seen = (first + SIZE > problem.mask.diag_lo) & (first <= problem.mask.diag_hi)
+    if seen:
+        for other in range(num_batches * (problem.num_heads_q // bias_heads)):
+            at_batch = other // (problem.num_heads_q // bias_heads)
+            at_head = head + other % (problem.num_heads_q // bias_heads)
+            limit = masking.key_end(problem.mask, at_batch, problem.seq_len_k)
+            for part in tl.static_range(2):
+                ahead = first + part * SIZE
+                begin, end = tl.maximum(-ahead, 0), tl.minimum(problem.seq_len_q, limit - ahead)
+                for row_begin in range(begin, end, SIZE):
+                    row_begin = tl.multiple_of(row_begin, SIZE)
+                    ds = _tile(
+                        query, key, value, dout, shift, factor, delta, problem, head_dim, head_dim_v, at_batch, at_head,
+                        row_begin, row_begin + ahead, PRECISION, SIZE, DIM, DIM_V,
+                    )  # fmt: skip
+                    here = (turned < SIZE) == (part == 0)
+                    total += tl.sum(tl.where(here, tl.gather(ds, turned % SIZE, axis=1), 0.0), axis=0)
+    at = first + tl.arange(0, SIZE) + problem.seq_len_q - 1
+    to = drelative + head.to(tl.int64) * diagonals + at
+    tl.store(to, total.to(drelative.dtype.element_ty), mask=(at >= 0) & (at < diagonals))
+
+
+def _common(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor]) -> tuple[Any, ...]:
+    return (view(call.query), view(call.key), view(call.value), view(dout), *statistics)
+
+
+def _numbers(call: AttentionCall) -> tuple[Any, ...]:
+    return (problem(call), call.query.shape[3], call.value.shape[3], call.shape.batch)
+
+
+def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
+    dims = {"DIM": padded(call.query.shape[3]), "DIM_V": padded(call.value.shape[3])}
+    return {"PRECISION": precision(), "SIZE": tile.rows, **dims, **tile.options}
+
+
+def bias_gradient(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor], dbias: Tensor) -> None:
+    """Writes the gradient of a bias of [batch or 1, num_heads_q or 1, seq_len_q, seq_len_k].
+
+    Args:
+        call: the call.
+        dout: gradient of its output.
+        statistics: shift, factor and delta of ``_attention_bwd_rows_kernel``.
+        dbias: to write to.
+    """
+    batches, heads, seq_len_q, seq_len_k = dbias.shape
+
+    def start(tile: Tile) -> None:
+        grid = (cdiv(seq_len_k, tile.columns) * cdiv(seq_len_q, tile.rows) * batches * heads,)
+        _bias_bwd_kernel[grid](
+            *_common(call, dout, statistics), broadcast(dbias), *_numbers(call), batches, heads, **_options(call, tile)
+        )
+
+    launch("attention_backward, bias", tiles.choose(tiles.SQUARE, call, architecture(dbias.device)), start)
+
+
+def relative_bias_gradient(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor], to: Tensor) -> None:
+    """Writes the gradient of a ``relative_bias`` [num_heads_q or 1, diagonals]; see :func:`bias_gradient`."""
+    heads = to.shape[0]
+    _, _, seq_len_q, seq_len_k = call.shape
+
+    def start(tile: Tile) -> None:
+        grid = ((cdiv(seq_len_q - 1, tile.rows) + cdiv(seq_len_k, tile.rows)) * heads,)
+        _relative_bias_bwd_kernel[grid](
+            *_common(call, dout, statistics), to, *_numbers(call), heads, **_options(call, tile)
+        )
+
+    launch("attention_backward, diagonals", tiles.choose(tiles.SQUARE, call, architecture(to.device)), start)
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields each kernel with every tile of its table for an architecture."""
+    for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
+        out, lse = empty_output(call)
+        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        _, _, seq_len_q, seq_len_k = call.shape
+        bias = lse.new_empty((1, 1, seq_len_q, seq_len_k), dtype=call.query.dtype)
+        common, numbers, options = _common(call, out, statistics), _numbers(call), _options(call, tile)
+        yield Configuration(
+            f"attention backward, bias {name}", _bias_bwd_kernel, (*common, broadcast(bias), *numbers, 1, 1), options
+        )
+        yield Configuration(
+            f"attention backward, diagonals {name}",
+            _relative_bias_bwd_kernel,
+            (*common, bias.new_empty((1, seq_len_q + seq_len_k - 1)), *numbers, 1),
+            options,
+        )

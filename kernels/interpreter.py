@@ -1,0 +1,58 @@
+"""Triton's interpreter, made to compute what a GPU computes.
+
+Triton 3.6 cuts float32 off where a GPU rounds it to bfloat16, and multiplies the bits of bfloat16 as integers. Here
+PyTorch rounds, and products are of the numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+
+def is_interpreting() -> bool:
+    """Returns whether kernels run in the interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Lets kernels that are launched inside round and multiply as on a GPU.
+
+    NumPy's warnings, of the interpreter's conversions and of -inf and NaN, which are meant, are silent.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cut_off, multiply = interpreter._convert_float, builder.create_dot
+
+    def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << np.uint32(16)
+        return cut_off(values, source, target, rounding)
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        wide = convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return multiply(self, widen(a), widen(b), *others)
+
+    interpreter._convert_float, builder.create_dot = convert, dot
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        interpreter._convert_float, builder.create_dot = cut_off, multiply

@@ -1,0 +1,91 @@
+"""Tiles of kernels, and how a kernel is launched with the largest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from fastattn.errors import UnsupportedError
+from fastattn.kernels.interpreter import as_on_a_gpu, is_interpreting
+
+
+class Tile(NamedTuple):
+    """What is chosen for a kernel, and changes its speed alone.
+
+    Attributes:
+        rows: of a tile, a power of two from 16 on.
+        columns: of a tile, likewise.
+        num_warps: a program.
+        num_stages: tiles that are on their way from memory.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Configuration(NamedTuple):
+    """A kernel as some call would launch it, to be compiled: ``kernel.warmup(*arguments, grid=(1,), **options)``."""
+
+    name: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_fitting: dict[tuple[str, tuple[Tile, ...]], int] = {}
+
+
+def launch(op: str, tiles: Sequence[Tile], start: Callable[[Tile], Any]) -> None:
+    """Calls ``start`` with the first tile for which the GPU has the shared memory.
+
+    Args:
+        op: for messages.
+        tiles: the fastest first, the smallest last.
+        start: launches a kernel.
+
+    Raises:
+        UnsupportedError: none fits.
+    """
+    key = (op, tuple(tiles))
+    while (at := _fitting.get(key, 0)) < len(tiles):
+        try:
+            with as_on_a_gpu() if is_interpreting() else nullcontext():
+                start(tiles[at])
+            return
+        except OutOfResources:
+            _fitting[key] = at + 1
+    raise UnsupportedError(op, {"triton": [f"this GPU has too little shared memory for the smallest tile {tiles[-1]}"]})
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Returns a GPU's compute capability, times 10; 0 in the interpreter, and for GPUs that count otherwise."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def padded(dim: int) -> int:
+    """Returns the power of two, at least 16, that holds ``dim``."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def precision() -> str:
+    """Returns how float32 is multiplied: as float32, unless PyTorch's own setting allows TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,0 +1,63 @@
+"""The gradients of a tile of scores, which every sum of attention's backward adds up."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels import philox
+from fastattn.kernels.tile import accumulator, finish_scores
+
+
+@triton.jit
+def load_statistics(statistics, begin, seq_len_q, ROWS: tl.constexpr):
+    """Returns shift, factor and delta of queries [begin, begin + ROWS); given are pointers to those of query 0."""
+    shift, factor, delta = statistics
+    rows = begin + tl.arange(0, ROWS)
+    inside = rows < seq_len_q
+    return (
+        tl.load(shift + rows, mask=inside, other=0.0),
+        tl.load(factor + rows, mask=inside, other=0.0),
+        tl.load(delta + rows, mask=inside, other=0.0),
+    )
+
+
+@triton.jit
+def score_gradients(
+    problem, q, k, v, do, shift, factor, delta, batch, head, row_begin, column_begin, limit,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Returns of a tile [ROWS, KEYS] its probabilities, the same as dropout leaves them, the gradients of its scores
+    and those before the softcap.
+
+    Args:
+        q: queries [ROWS, DIM]; likewise ``k``, ``v`` and ``do``.
+        shift: a probability is ``exp2(score - shift) * factor``; [ROWS], likewise ``factor``.
+        delta: what is subtracted from the gradients of probabilities; [ROWS].
+        limit: what ``masking.key_end`` returned.
+        MASKED: whether anything may be invisible.
+    """
+    rows = row_begin + tl.arange(0, ROWS)
+    columns = column_begin + tl.arange(0, KEYS)
+    dtype: tl.constexpr = accumulator(q.dtype)
+    product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dtype)
+    s, slope = finish_scores(problem, product, batch, head, rows[:, None], columns[None, :], limit, MASKED)
+    p = tl.exp2(s - shift[:, None]) * factor[:, None]
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dtype)
+    dropped = p
+    if problem.dropout.state is not None:
+        plane = batch * problem.num_heads_q + head
+        keep = philox.keep(problem.dropout, plane, row_begin, column_begin, ROWS, KEYS)
+        dropped = tl.where(keep, p * problem.dropout.rescale, 0.0)
+        dp = tl.where(keep, dp * problem.dropout.rescale, 0.0)
+    ds = p * (dp - delta[:, None])
+    if MASKED:
+        # What is invisible may be NaN, and so may what it is multiplied by.
+        hidden = s == float("-inf")
+        p = tl.where(hidden, 0.0, p)
+        dropped = tl.where(hidden, 0.0, dropped)
+        ds = tl.where(hidden, 0.0, ds)
+    dx = ds
+    if problem.softcap is not None:
+        dx = tl.where(ds == 0, 0.0, ds * slope)
+    return p, dropped, ds, dx
