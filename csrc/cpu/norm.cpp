@@ -7,6 +7,7 @@
 #include "chains.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -26,7 +27,8 @@ void load_parameter(C* to, const View& from, int64_t columns, C fallback) {
   });
 }
 
-// Sums of a row, in chains: two pipes of latency 4 want more than one.
+// Sums of a row, in chains: two pipes of latency 4 want more than one. Arrays of them are set element by element: GCC
+// clears a whole one by `rep stos`, which waits until all stores before it, streamed ones too, have left the core.
 template <typename C>
 struct Sums {
   Vec<C> first = Vec<C>::zero(), second = Vec<C>::zero();
@@ -37,7 +39,7 @@ inline C total_of(const Sums<C> (&s)[kChains], Vec<C> Sums<C>::* which) {
   return reduce_add((s[0].*which + s[1].*which) + (s[2].*which + s[3].*which));
 }
 
-template <typename T, typename C, bool kResidual>
+template <typename T, typename C, bool kResidual, bool kPast>
 void norm_row(const NormArgs& args, int64_t row, const C* weight, const C* bias) {
   const auto [rows, columns, rms, eps] = args.shape;
   const double scale = 1.0 / static_cast<double>(columns);
@@ -49,9 +51,11 @@ void norm_row(const NormArgs& args, int64_t row, const C* weight, const C* bias)
     const Vec<C> x = load_as_n<C>(input + j, n);
     return kResidual ? x + load_as_n<C>(residual + j, n) : x;
   };
-  Sums<C> sums[kChains];
+  const int64_t ahead = lines_ahead(columns * static_cast<int64_t>(sizeof(T))) * args.input.stride[0];
+  Sums<C> sums[kChains] = {{}, {}, {}, {}};
   for_each_vec<C>(columns, sums, [&](Sums<C>& s, int64_t j, auto n) {
     const Vec<C> x = value_at(j, n);
+    __builtin_prefetch(input + j + ahead);
     if (kResidual) store_n(total + j, x, n);
     s.first = rms ? fma(x, x, s.first) : s.first + x;
   });
@@ -61,7 +65,7 @@ void norm_row(const NormArgs& args, int64_t row, const C* weight, const C* bias)
     // What its own sum then leaves is the rounding of the first, and is taken out as well.
     mean = static_cast<double>(static_cast<C>(variance));
     const Vec<C> center = Vec<C>::set1(static_cast<C>(mean));
-    Sums<C> rest[kChains];
+    Sums<C> rest[kChains] = {{}, {}, {}, {}};
     for_each_vec<C>(columns, rest, [&](Sums<C>& s, int64_t j, auto n) {
       const Vec<C> x = first_lanes(value_at(j, n) - center, n);
       s.first = s.first + x;
@@ -78,7 +82,7 @@ void norm_row(const NormArgs& args, int64_t row, const C* weight, const C* bias)
   const Vec<C> offset = Vec<C>::set1(static_cast<C>(shift));
   for_each_vec<C>(columns, [&](int64_t j, auto n) {
     const Vec<C> normed = ((value_at(j, n) - center) - offset) * factor;
-    store_n(out + j, fma(normed, load_as_n<C>(weight + j, n), load_as_n<C>(bias + j, n)), n);
+    put_n<kPast>(out + j, fma(normed, load_as_n<C>(weight + j, n), load_as_n<C>(bias + j, n)), n);
   });
 }
 
@@ -91,14 +95,22 @@ void norm_rows(const NormArgs& args) {
   load_parameter(weight, args.weight, columns, C(1));
   load_parameter(bias, args.bias, columns, C(0));
 
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  const bool past_caches = prepare_stream(args.out, rows * row_bytes, row_bytes);
   // Rows in groups, so that a short row does not cost more to hand out than to compute.
   const int64_t group = max(1, 16384 / max(columns, 1));
   const double work = 8.0 * static_cast<double>(rows) * static_cast<double>(columns);
   parallel_for(ceil_div(rows, group), work, [&](int64_t task) {
     for (int64_t i = task * group; i < min(rows, (task + 1) * group); ++i) {
-      args.residual.data == nullptr ? norm_row<T, C, false>(args, i, weight, bias)
-                                    : norm_row<T, C, true>(args, i, weight, bias);
+      if (args.residual.data != nullptr) {
+        norm_row<T, C, true, false>(args, i, weight, bias);
+      } else if (past_caches) {
+        norm_row<T, C, false, true>(args, i, weight, bias);
+      } else {
+        norm_row<T, C, false, false>(args, i, weight, bias);
+      }
     }
+    stream_end();
   });
 }
 
@@ -128,7 +140,8 @@ void store_sum(const View& to, const C* partials, int64_t chunks, int64_t chunk_
 // The gradients of kRows rows from `row` on: what they add to those of weight and bias is read and written once for
 // all of them. `fresh`: nothing has been added yet.
 template <typename T, typename C, int kRows>
-void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weight, C* dweight, C* dbias, bool fresh) {
+void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weight, C* dweight, C* dbias, bool fresh,
+                        bool past_caches) {
   const auto [rows, columns, rms, eps] = args.shape;
   const double scale = 1.0 / static_cast<double>(columns);
   const bool wants_input = args.dinput != nullptr, wants_sums = dweight != nullptr;
@@ -146,7 +159,7 @@ void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weig
     rstd[r] = Vec<C>::set1(factor);
     mean_g[r] = mean_gx[r] = Vec<C>::zero();
     if (!wants_input) continue;
-    Sums<C> sums[kChains];
+    Sums<C> sums[kChains] = {{}, {}, {}, {}};
     for_each_vec<C>(columns, sums, [&, r](Sums<C>& s, int64_t j, auto n) {
       const Vec<C> x = load_as_n<C>(input[r] + j, n) - center[r];
       const Vec<C> g = load_as_n<C>(dout[r] + j, n) * load_as_n<C>(weight + j, n);  // 0 beyond the row
@@ -157,7 +170,10 @@ void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weig
     const double product = static_cast<double>(total_of(sums, &Sums<C>::second)) * static_cast<double>(factor);
     mean_gx[r] = Vec<C>::set1(static_cast<C>(product * scale));
   }
-  const auto write = [&](auto with_sums, auto with_total) {
+  // The next rows are fetched, where L2 holds them beside these.
+  const bool fetch = kRows * columns * static_cast<int64_t>(sizeof(T)) <= (int64_t{1} << 18);
+  const int64_t next_input = kRows * args.input.stride[0], next_dout = kRows * args.dout.stride[0];
+  const auto write = [&](auto past, auto with_sums, auto with_total) {
     for_each_vec<C>(columns, [&](int64_t j, auto n) {
       const Vec<C> w = load_as_n<C>(weight + j, n);
       Vec<C> dw = Vec<C>::zero(), db = Vec<C>::zero();
@@ -169,6 +185,10 @@ void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weig
       for (int r = 0; r < kRows; ++r) {
         const Vec<C> x = (load_as_n<C>(input[r] + j, n) - center[r]) * rstd[r];
         const Vec<C> d = load_as_n<C>(dout[r] + j, n);
+        if (fetch) {
+          __builtin_prefetch(input[r] + j + next_input);
+          __builtin_prefetch(dout[r] + j + next_dout);
+        }
         if (with_sums()) {
           dw = fma(d, x, dw);
           db = db + d;
@@ -176,7 +196,7 @@ void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weig
         if (!wants_input) continue;
         Vec<C> value = fnma(x, mean_gx[r], fma(d, w, Vec<C>::zero() - mean_g[r])) * rstd[r];
         if (with_total()) value = value + load_as_n<C>(dtotal[r] + j, n);
-        store_n(dinput[r] + j, value, n);
+        put_n<decltype(past)::value>(dinput[r] + j, value, n);
       }
       if (with_sums()) {
         store(dweight + j, dw);
@@ -187,9 +207,11 @@ void norm_backward_rows(const NormBackwardArgs& args, int64_t row, const C* weig
   const std::true_type yes;
   const std::false_type no;
   if (args.dtotal.data != nullptr) {
-    wants_sums ? write(yes, yes) : write(no, yes);
+    wants_sums ? write(no, yes, yes) : write(no, no, yes);
+  } else if (past_caches) {
+    wants_sums ? write(yes, yes, no) : write(yes, no, no);
   } else {
-    wants_sums ? write(yes, no) : write(no, no);
+    wants_sums ? write(no, yes, no) : write(no, no, no);
   }
 }
 
@@ -207,10 +229,10 @@ void norm_backward_matrix(const NormBackwardArgs& args) {
   C* partials = sums ? shared.take<C>(2 * chunks * padded) : nullptr;
   load_parameter(weight, args.weight, columns, C(1));
 
-  // As many rows together as L2 holds between the two passes over them.
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  const bool past_caches = args.dinput != nullptr && prepare_stream(args.dinput, rows * row_bytes, row_bytes);
+  // The more rows together the less often the sums pass through the caches, also where those do not hold the rows.
   constexpr int kTogether = 4;
-  const int64_t together =
-      2 * kTogether * columns * static_cast<int64_t>(sizeof(T)) <= (int64_t{1} << 20) ? kTogether : 1;
   const double work = 12.0 * static_cast<double>(rows) * static_cast<double>(columns);
   parallel_for(chunks, work, [&](int64_t chunk) {
     const int64_t begin = chunk * height, end = min(rows, begin + height);
@@ -218,10 +240,11 @@ void norm_backward_matrix(const NormBackwardArgs& args) {
     C* dbias = sums ? dweight + padded : nullptr;
     for (int64_t j = 0; sums && begin >= end && j < 2 * padded; j += Vec<C>::kWidth) store(dweight + j, Vec<C>::zero());
     int64_t i = begin;
-    for (; together == kTogether && i + kTogether <= end; i += kTogether) {
-      norm_backward_rows<T, C, kTogether>(args, i, weight, dweight, dbias, i == begin);
+    for (; i + kTogether <= end; i += kTogether) {
+      norm_backward_rows<T, C, kTogether>(args, i, weight, dweight, dbias, i == begin, past_caches);
     }
-    for (; i < end; ++i) norm_backward_rows<T, C, 1>(args, i, weight, dweight, dbias, i == begin);
+    for (; i < end; ++i) norm_backward_rows<T, C, 1>(args, i, weight, dweight, dbias, i == begin, past_caches);
+    stream_end();
   });
   if (args.dweight.data != nullptr) store_sum(args.dweight, partials, chunks, 2 * padded, columns);
   if (args.dbias.data != nullptr) store_sum(args.dbias, partials + padded, chunks, 2 * padded, columns);

@@ -11,4 +11,7 @@ namespace fastattn {
 // gives none ignores the wish; memory that has its pages already keeps them.
 void prefer_huge_pages(void* data, int64_t bytes);
 
+// Has the system back the pages of [data, data + bytes) now, as their first writes would; their content stays.
+void fault_in(void* data, int64_t bytes);
+
 }  // namespace fastattn

@@ -6,6 +6,7 @@
 #include "lines.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -53,6 +54,7 @@ void reduce_lines(const Kernel& kernel, int64_t lines, int64_t length, double co
           kernel.write(line, begin, min(length, begin + kChunk), total);
         }
       }
+      stream_end();
     });
     return;
   }
@@ -69,6 +71,7 @@ void reduce_lines(const Kernel& kernel, int64_t lines, int64_t length, double co
   parallel_for(lines * chunks, work, [&](int64_t task) {
     const int64_t begin = task % chunks * kChunk;
     kernel.write(task / chunks, begin, min(length, begin + kChunk), partials[task / chunks * chunks]);
+    stream_end();
   });
 }
 

@@ -13,6 +13,7 @@
 #include "chains.h"
 #include "reduce.h"
 #include "scratch.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -71,10 +72,25 @@ struct RowSoftmax {
 
   const SoftmaxArgs& args;
   const Exponent<C> exponent;
-  const V sign;  // a negative scale turns the maximum into the minimum
+  const V sign;            // a negative scale turns the maximum into the minimum
+  const bool past_caches;  // whether results are streamed
+  const int64_t ahead;     // from a line to the one that is fetched while its exponentials are computed
 
   explicit RowSoftmax(const SoftmaxArgs& a)
-      : args(a), exponent(a.scale < 0 ? -a.scale : a.scale), sign(V::set1(a.scale < 0 ? C(-1) : C(1))) {}
+      : args(a),
+        exponent(a.scale < 0 ? -a.scale : a.scale),
+        sign(V::set1(a.scale < 0 ? C(-1) : C(1))),
+        past_caches(streams(a)),
+        ahead(lines_ahead(a.lines.length * static_cast<int64_t>(sizeof(T))) * a.lines.outer_stride[kSource][0]) {}
+  static bool streams(const SoftmaxArgs& a) {
+    const int64_t bytes = a.lines.length * static_cast<int64_t>(sizeof(TOut));
+    return !in_chunks(a.lines.outer, a.lines.length) && prepare_stream(a.out, a.lines.outer * bytes, bytes);
+  }
+  // Few long lines are shared out chunk by chunk.
+  static bool in_chunks(int64_t lines, int64_t length) {
+    const int64_t threads = max_threads();
+    return length > kChunk && lines < 4 * threads && threads > 1;
+  }
 
   struct Row {
     const T* x;
@@ -136,6 +152,7 @@ struct RowSoftmax {
     const auto add = [&](auto keep) {
       for_each_vec<C>(end - begin, s, [&](V& into, int64_t at, auto n) {
         const int64_t j = begin + at;
+        __builtin_prefetch(r.x + j + ahead);
         V e = exponential(r, j, n, V::set1(highest));
         if (kMasked || n < kWidth) e = select(visible(r, j, n), e, V::zero());
         if constexpr (decltype(keep)::value) store_n(kept + at, e, n);
@@ -152,18 +169,23 @@ struct RowSoftmax {
 
   // The result of [begin, end); `kept` as above.
   void write(const Row& r, int64_t begin, int64_t end, Maximum highest, C total, const C* kept) const {
+    past_caches ? write<true>(r, begin, end, highest, total, kept) : write<false>(r, begin, end, highest, total, kept);
+  }
+  template <bool kPast>
+  void write(const Row& r, int64_t begin, int64_t end, Maximum highest, C total, const C* kept) const {
     const V nothing = V::set1(args.log ? kNegInf<C> : C(0)), shift = V::set1(finite_or_zero(highest.value));
     const auto put = [&](const auto& value) {
       if (r.mask == nullptr) {
-        for_range(begin, end, [&](int64_t j, auto n) { store_n(r.out + j, value(j, n), n); });
+        for_range(begin, end, [&](int64_t j, auto n) { put_n<kPast>(r.out + j, value(j, n), n); });
       } else {
-        for_range(begin, end,
-                  [&](int64_t j, auto n) { store_n(r.out + j, select(visible(r, j, n), value(j, n), nothing), n); });
+        for_range(begin, end, [&](int64_t j, auto n) {
+          put_n<kPast>(r.out + j, select(visible(r, j, n), value(j, n), nothing), n);
+        });
       }
     };
     const V inverse = V::set1(C(1) / total);
     if (!highest.any) {
-      for_range(begin, end, [&](int64_t j, auto n) { store_n(r.out + j, nothing, n); });
+      for_range(begin, end, [&](int64_t j, auto n) { put_n<kPast>(r.out + j, nothing, n); });
     } else if (args.log) {
       const V scale = V::set1(static_cast<C>(args.scale < 0 ? -args.scale : args.scale));
       const V log_sum = V::set1(static_cast<C>(__builtin_log(static_cast<double>(total))));
@@ -185,11 +207,8 @@ struct RowSoftmax {
     C total = 0;
     C* kept = nullptr;
     if (!args.log && length <= kMostKept) {
-      if constexpr (kInPlace) {
-        kept = r.out;
-      } else {
-        kept = static_cast<C*>(scratch(Scratch::kThread, length * sizeof(C)));
-      }
+      if constexpr (kInPlace) kept = past_caches ? nullptr : r.out;
+      if (kept == nullptr) kept = static_cast<C*>(scratch(Scratch::kThread, length * sizeof(C)));
     }
     for (int64_t begin = 0; highest.any && begin < length; begin += kChunk) {
       total += sum(r, begin, min(length, begin + kChunk), shift, kept == nullptr ? nullptr : kept + begin);
@@ -238,11 +257,12 @@ struct RowSoftmax {
   void run(double cost) const {
     const int64_t lines = args.lines.outer, length = args.lines.length, threads = max_threads();
     const double work = cost * static_cast<double>(lines) * static_cast<double>(length);
-    if (length > kChunk && lines < 4 * threads && threads > 1) return run_chunks(lines, work);
+    if (in_chunks(lines, length)) return run_chunks(lines, work);
     // Four pieces a thread even out the load; no smaller than a chunk, which costs more than handing it out.
     const int64_t group = max(ceil_div(kChunk, max(length, 1)), ceil_div(lines, 4 * threads));
     parallel_for(ceil_div(lines, group), work, [&](int64_t task) {
       for (int64_t line = task * group; line < min(lines, (task + 1) * group); ++line) run_line(line);
+      stream_end();
     });
   }
 };
@@ -370,8 +390,18 @@ struct RowBackward {
 
   const SoftmaxBackwardArgs& args;
   const Gradient rule;
+  const bool past_caches;  // whether gradients are streamed
+  const int64_t ahead;     // from a line to the one that is fetched while its gradient is written
 
-  explicit RowBackward(const SoftmaxBackwardArgs& a) : args(a), rule{V::set1(static_cast<C>(a.scale))} {}
+  explicit RowBackward(const SoftmaxBackwardArgs& a)
+      : args(a),
+        rule{V::set1(static_cast<C>(a.scale))},
+        past_caches(streams(a)),
+        ahead(lines_ahead(a.lines.length * static_cast<int64_t>(sizeof(T))) * a.lines.length) {}
+  static bool streams(const SoftmaxBackwardArgs& a) {
+    const int64_t bytes = a.lines.length * static_cast<int64_t>(sizeof(TGrad));
+    return prepare_stream(a.dinput, a.lines.outer * bytes, bytes);
+  }
 
   struct Row {
     const T *y, *dy;
@@ -390,7 +420,6 @@ struct RowBackward {
     }
     return r;
   }
-  static V at(const T* x, int64_t j, int lanes) { return lanes == kWidth ? load(x + j) : load_n(x + j, lanes); }
   // What is hidden has no gradient, whatever arrives there.
   static V seen(const Row& r, int64_t j, int lanes, V value) {
     return select(mask_from_bits<C>(bits_nonzero(r.mask + j, lanes)), value, V::zero());
@@ -403,31 +432,31 @@ struct RowBackward {
   }
   template <bool kMasked>
   C partial(const Row& r, int64_t begin, int64_t end) const {
-    constexpr int kChains = 8;  // two pipes x latency 4
-    V s[kChains];
-    for (V& chain : s) chain = V::zero();
-    const auto add = [&](V& into, int64_t j, int lanes) {
-      const V term = rule.term(at(r.y, j, lanes), at(r.dy, j, lanes));
-      into = into + (kMasked ? seen(r, j, lanes, term) : term);
-    };
-    int64_t j = begin;
-    for (; j + kChains * kWidth <= end; j += kChains * kWidth) {
-      for (int k = 0; k < kChains; ++k) add(s[k], j + k * kWidth, kWidth);
-    }
-    for (; j + kWidth <= end; j += kWidth) add(s[0], j, kWidth);
-    if (j < end) add(s[0], j, static_cast<int>(end - j));
+    // Two pipes x latency 4. One by one: GCC clears an array by `rep stos`, which waits for the streamed stores.
+    V s[8] = {V::zero(), V::zero(), V::zero(), V::zero(), V::zero(), V::zero(), V::zero(), V::zero()};
+    for_each_vec<C>(end - begin, s, [&](V& into, int64_t at, auto n) {
+      const int64_t j = begin + at;
+      const V term = rule.term(load_n(r.y + j, n), load_n(r.dy + j, n));
+      into = into + (kMasked ? seen(r, j, n, term) : term);
+    });
     return reduce_add(((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
   }
   void merge(C& into, const C& next) const { into += next; }
 
   void write(int64_t line, int64_t begin, int64_t end, const C& total) const {
+    past_caches ? write<true>(line, begin, end, total) : write<false>(line, begin, end, total);
+  }
+  template <bool kPast>
+  void write(int64_t line, int64_t begin, int64_t end, const C& total) const {
     const Row r = row(line);
     const V sum = V::set1(total);
     const auto gradient = [&](int64_t j, auto n) {
+      __builtin_prefetch(r.y + j + ahead);
+      __builtin_prefetch(r.dy + j + ahead);
       return rule.gradient(load_n(r.y + j, n), load_n(r.dy + j, n), sum);
     };
     const auto put = [&](const auto& value) {
-      for_each_vec<C>(end - begin, [&](int64_t j, auto n) { store_n(r.dx + begin + j, value(begin + j, n), n); });
+      for_each_vec<C>(end - begin, [&](int64_t j, auto n) { put_n<kPast>(r.dx + begin + j, value(begin + j, n), n); });
     };
     if (r.hidden) {
       put([](int64_t, auto) { return V::zero(); });
