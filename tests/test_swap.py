@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn.tools.swap import OURS, collapse
+from fastattn.tools.exchange import OURS
+from fastattn.tools.table import collapse
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning")
 

@@ -18,8 +18,7 @@ from fastattn.backends.base import Backend
 from fastattn.errors import FallbackWarning
 from fastattn.ops._dispatch import observe
 from fastattn.tools import activate
-from fastattn.tools.swap import collapse
-from fastattn.tools.table import heading, table
+from fastattn.tools.table import collapse, heading, table
 from fastattn.tools.watch import watching
 
 PYTORCH = "PyTorch"

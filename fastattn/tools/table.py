@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
 
     rule = " " * indent + "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([line(headers), rule, *(line(row) for row in rows)])
+
+
+def collapse(names: Sequence[str]) -> str:
+    """Returns one name for several that differ only in their numbers: "layers.0.norm", "layers.5.norm" ->
+    "layers.0-5.norm"."""
+    numbers = [re.findall(r"\d+", name) for name in names]
+    ranges = []
+    for column in zip(*numbers, strict=True):
+        found = sorted({int(n) for n in column})
+        ranges.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    texts = iter(ranges)
+    return re.sub(r"\d+", lambda _: next(texts), names[0])
 
 
 def heading(text: str) -> str:

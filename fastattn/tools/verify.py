@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 import fastattn.nn
 from fastattn.ops._dispatch import use_backend
+from fastattn.tools.exchange import THEIRS, exchange, unswap
 from fastattn.tools.measure import Timing, peak_memory, time_in_turns
 from fastattn.tools.numerics import Figure, figure, with_typical_errors
-from fastattn.tools.swap import THEIRS, collapse, swap, unswap
-from fastattn.tools.table import error, heading, megabytes, seconds, table, verdict
+from fastattn.tools.table import collapse, error, heading, megabytes, seconds, table, verdict
 
 _PROJECTION_SEED = 7
 
@@ -215,7 +215,7 @@ def copies(model: nn.Module, exact: bool = True) -> tuple[nn.Module, nn.Module, 
     peer = copy.deepcopy(model).eval()
     if _has_torch_twin(model):
         unswap(peer)
-    swap(ours)
+    exchange(ours)
     return ours, peer, copy.deepcopy(peer).double() if exact else peer
 
 
