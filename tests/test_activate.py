@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.backends.extension import plain
 from fastattn.ops import _dispatch
 from fastattn.tools import activate as routing
 
@@ -261,6 +262,7 @@ def test_what_fastattn_refuses_is_served_by_pytorch_with_one_warning(compiled, m
     expected = call(*inputs)
     expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
     monkeypatch.setattr(_dispatch, "choose", refuse)
+    monkeypatch.setattr(plain, "attention", lambda *args: None, raising=False)
     routing._warned.clear()
     with fastattn.activate(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -91,6 +92,10 @@ inline bool same_size(const TensorInfo& a, const TensorInfo& b) {
     if (a.size[i] != b.size[i]) return false;
   }
   return true;
+}
+
+inline bool has_size(const TensorInfo& info, std::initializer_list<int64_t> size) {
+  return info.dims == static_cast<int>(size.size()) && std::equal(size.begin(), size.end(), info.size);
 }
 
 // Whether `b` is another contiguous tensor of the shape and dtype of `a`.

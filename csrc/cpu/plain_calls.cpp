@@ -40,12 +40,9 @@ bool Reader::tensor(int at, TensorInfo* info) {
   PyObject* object = args_[at];
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != python.tensor_type && type != python.parameter_type) return false;
-  if (attribute(object, python.is_cpu).ptr() != Py_True) return false;
-  if (attribute(object, python.layout).ptr() != python.strided) return false;
   *info = read_tensor(object);
   if (grad_enabled_) wants_gradient_ |= attribute(object, python.requires_grad).ptr() == Py_True;
-  // What is no float reads as float32.
-  return info->dtype != DType::kFloat32 || attribute(object, python.dtype).ptr() == python.dtypes[0];
+  return info->dense && info->floating;
 }
 
 py::object empty_like(PyObject* tensor) {

@@ -48,13 +48,13 @@ bool attention_backward(Reader& read, py::object* result) {
   const bool plain = !read.grad_enabled() && read_attention(read, &args.problem) && read.tensor(kOut, &out) &&
                      read.tensor(kLse, &lse) && read.tensor(kDout, &dout);
   if (!plain) return false;
-  const TensorInfo wanted_out{nullptr, p.q.dtype, 4, {p.batch, p.num_heads_q, p.seq_len_q, p.head_dim_v}, {}};
-  const TensorInfo wanted_lse{nullptr, DType::kFloat64, 3, {p.batch, p.num_heads_q, p.seq_len_q}, {}};
   const auto fits = [&](const TensorInfo& info) {
-    return same_size(info, wanted_out) && info.dtype == wanted_out.dtype && info.stride[3] == 1;
+    return has_size(info, {p.batch, p.num_heads_q, p.seq_len_q, p.head_dim_v}) && info.dtype == p.q.dtype &&
+           info.stride[3] == 1;
   };
+  const bool lse_fits = has_size(lse, {p.batch, p.num_heads_q, p.seq_len_q}) && lse.dtype == DType::kFloat64;
   const int64_t keys = p.batch * p.num_heads_kv * p.seq_len_k * p.head_dim;
-  if (!fits(out) || !fits(dout) || !is_like(wanted_lse, lse) || keys > 1 << 17) return false;
+  if (!fits(out) || !fits(dout) || !lse_fits || !is_contiguous(lse) || keys > 1 << 17) return false;
 
   Gradients grads(3);
   View* views[] = {&args.dq, &args.dk, &args.dv};
@@ -107,8 +107,9 @@ bool norm_backward(Reader& read, py::object* result) {
                      read.tensor(kStatistics, &statistics) && read.tensor(kDout, &dout) && is_like(input, dout);
   if (!plain) return false;
   const bool wide = input.dtype == DType::kFloat64;
-  const TensorInfo wanted{nullptr, wide ? DType::kFloat64 : DType::kFloat32, 2, {2, forward.shape.rows}, {}};
-  if (!is_like(wanted, statistics)) return false;
+  const bool fits = has_size(statistics, {2, forward.shape.rows}) && is_contiguous(statistics) &&
+                    statistics.dtype == (wide ? DType::kFloat64 : DType::kFloat32);
+  if (!fits) return false;
 
   NormBackwardArgs args;
   args.shape = forward.shape;

@@ -1,5 +1,5 @@
-// What the bindings know of Python tensors, read through their attributes: no torch header is needed, and one build
-// serves every version of torch.
+// What the bindings know of Python tensors, read through DLPack's C exchange interface where torch offers it and
+// through their attributes otherwise: no torch header is needed, and one build serves every version of torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,6 +17,8 @@ struct TensorInfo {
   DType dtype;  // of floating tensors; kFloat32 for all others
   int dims;
   int64_t size[4], stride[4];
+  bool floating;  // of a dtype that DType has
+  bool dense;     // of ordinary (strided) layout, in the CPU's memory
 };
 
 // Python objects asked for at every call, fetched once by fetch_python_objects().
@@ -33,7 +35,8 @@ void fetch_python_objects();
 
 // Any of these throws pybind11::error_already_set where Python raises.
 pybind11::object call_method(pybind11::handle object, PyObject* name);
-DType read_dtype(pybind11::handle tensor);
+DType read_dtype(pybind11::handle tensor, bool* floating = nullptr);  // false: none of DType's, and kFloat32
+void* read_data(pybind11::handle tensor);
 TensorInfo read_tensor(pybind11::handle tensor);  // std::invalid_argument for more than four dimensions
 View to_view(const TensorInfo& info);
 
@@ -46,7 +49,7 @@ bool set_operands(const TensorInfo& q, const TensorInfo& k, const TensorInfo& v,
 template <typename T>
 T* read_pointer(pybind11::handle tensor) {
   if (tensor.is_none()) return nullptr;
-  return static_cast<T*>(PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr()));
+  return static_cast<T*>(read_data(tensor));
 }
 
 }  // namespace fastattn
