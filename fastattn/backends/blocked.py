@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.extension import kernels
-from fastattn.backends.products import blocks, wide_product
+from fastattn.backends.products import blocks, part, wide_product
 from fastattn.reference.feed_forward import ACTIVATION_FUNCTIONS
 from fastattn.reference.linear_cross_entropy import reduce
 from fastattn.spec.attention import lse_dtype
 from fastattn.spec.feed_forward import FeedForwardCall
-from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
+from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall, all_count
 
 # Elements of a block of hidden activations.
 _HIDDEN_BLOCK = 1 << 22
@@ -113,21 +113,22 @@ def linear_cross_entropy(call: LinearCrossEntropyCall, dtype: torch.dtype) -> tu
         dtype: of the products' inputs; float32 where half precision is faster widened.
     """
     tokens = _Counted(call, dtype)
-    rows_of = _Statistics(tokens.target, lse_dtype(dtype))
+    rows_of = _Statistics(tokens.target, lse_dtype(dtype), with_total=call.label_smoothing > 0.0)
     picked = torch.zeros_like(rows_of.largest)
     for classes in blocks(call.vocab_size, _VOCAB_BLOCK):
-        weight = call.weight[classes].to(dtype)
+        weight = part(call.weight, classes).to(dtype)
         for rows in blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
             logits = tokens.logits(rows, weight, classes)
             rows_of.add(rows, logits)
             at, here = tokens.position(rows, classes)
-            picked[rows] += logits.gather(1, at[:, None])[:, 0].where(here, 0.0)
+            found = logits.gather(1, at[:, None])[:, 0]
+            part(picked, rows).add_(found if here is None else found.where(here, 0.0))
     lse = rows_of.lse()
     loss = lse - picked
-    if call.label_smoothing > 0.0:
+    if rows_of.total is not None:
         mean = (rows_of.total / call.vocab_size).to(lse.dtype)
         loss = (1.0 - call.label_smoothing) * loss + call.label_smoothing * (lse - mean)
-    return reduce(tokens.spread(loss), call), tokens.spread(lse)
+    return reduce(tokens.spread(loss), call, len(lse)), tokens.spread(lse)
 
 
 def linear_cross_entropy_backward(
@@ -140,29 +141,34 @@ def linear_cross_entropy_backward(
     scale = tokens.gather(dloss) if call.reduction == "none" else dloss.expand_as(lse)
     if call.reduction == "mean":
         scale = scale / max(len(lse), 1)
-    dhidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=lse.dtype) if need_hidden else None
-    dweight = call.weight.new_empty(call.weight.shape) if need_weight else None
+    dhidden = torch.zeros_like(tokens.hidden, dtype=lse.dtype) if need_hidden else None
+    dweight = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = call.weight.new_empty(call.vocab_size) if need_bias else None
+    less = call.label_smoothing / call.vocab_size
     for classes in blocks(call.vocab_size, _VOCAB_BLOCK):
-        weight = call.weight[classes].to(dtype)
+        weight = part(call.weight, classes).to(dtype)
         dweight_here, dbias_here = _Sum(), _Sum()
         for rows in blocks(len(tokens.target), _LOGITS_BLOCK // len(weight)):
             logits = tokens.logits(rows, weight, classes)
             at, here = tokens.position(rows, classes)
+            lse_here, scale_here = part(lse, rows), part(scale, rows)
             # One at a time is computed as all are, then mended: the target's.
-            less = call.label_smoothing / call.vocab_size
-            picked = logits.gather(1, at[:, None])[:, 0].sub_(lse[rows]).exp_()
-            picked.sub_(less).add_(here.to(picked.dtype), alpha=call.label_smoothing - 1.0).mul_(scale[rows])
+            picked = logits.gather(1, at[:, None])[:, 0].sub_(lse_here).exp_().sub_(less)
+            if here is None:
+                picked.add_(call.label_smoothing - 1.0)
+            else:
+                picked.add_(here.to(picked.dtype), alpha=call.label_smoothing - 1.0)
+            picked.mul_(scale_here)
             # In float32 only where the bias' gradient is to come from unrounded ones.
-            dlogits = _dlogits(logits, lse[rows], scale[rows], less, dtype if dbias is None else logits.dtype)
+            dlogits = _dlogits(logits, lse_here, scale_here, less, dtype if dbias is None else logits.dtype)
             dlogits.scatter_(1, at[:, None], picked.to(dlogits.dtype)[:, None])
             if dbias is not None:
                 dbias_here.add(dlogits.sum(0))
             dlogits = dlogits.to(dtype)
             if dhidden is not None:
-                dhidden[rows] += wide_product(dlogits, weight)
+                part(dhidden, rows).add_(wide_product(dlogits, weight))
             if dweight is not None:
-                dweight_here.add(wide_product(dlogits, tokens.hidden[rows], left_transposed=True))
+                dweight_here.add(wide_product(dlogits, part(tokens.hidden, rows), left_transposed=True))
         if dweight is not None:
             dweight[classes] = dweight_here.value_or_zero
         if dbias is not None:
@@ -178,8 +184,8 @@ class _Counted:
     def __init__(self, call: LinearCrossEntropyCall, dtype: torch.dtype) -> None:
         self.call = call
         hidden, target = call.hidden.reshape(call.num_tokens, -1), call.target.reshape(-1)
-        counted = target != call.ignore_index
-        self.index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+        counted = None if all_count(call) else target != call.ignore_index
+        self.index = None if counted is None or bool(counted.all()) else counted.nonzero()[:, 0]
         self.hidden, self.target = self.gather(hidden).to(dtype), self.gather(target)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -197,26 +203,31 @@ class _Counted:
 
     def logits(self, rows: slice, weight: Tensor, classes: slice) -> Tensor:
         """Returns a block of logits in the accumulator's dtype."""
-        logits = wide_product(self.hidden[rows], weight, right_transposed=True)
-        return logits if self.call.bias is None else logits.add_(self.call.bias[classes])
+        logits = wide_product(part(self.hidden, rows), weight, right_transposed=True)
+        return logits if self.call.bias is None else logits.add_(part(self.call.bias, classes))
 
-    def position(self, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
-        """Returns where in a block of classes the targets are (0 for those elsewhere), and which are there."""
-        at = self.target[rows] - classes.start
+    def position(self, rows: slice, classes: slice) -> tuple[Tensor, Tensor | None]:
+        """Returns where in a block of classes the targets are (0 elsewhere), and which are there, None for all."""
+        target = part(self.target, rows)
+        if classes.stop - classes.start == self.call.vocab_size:
+            return target, None
+        at = target - classes.start
         here = (at >= 0) & (at < classes.stop - classes.start)
         return at.where(here, 0), here
 
 
 class _Statistics:
-    """What is known of each row of logits: the largest, the sum of exponentials below it, and the sum."""
+    """What is known of each row of logits: the largest, the sum of exponentials below it, and if wanted the sum."""
 
-    def __init__(self, target: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, target: Tensor, dtype: torch.dtype, with_total: bool) -> None:
         self.largest = torch.full(target.shape, float("-inf"), dtype=dtype)
-        self.sum, self.total = (torch.zeros(target.shape, dtype=torch.float64) for _ in range(2))
+        self.sum = torch.zeros(target.shape, dtype=torch.float64)
+        self.total = torch.zeros_like(self.sum) if with_total else None
 
     def add(self, rows: slice, logits: Tensor) -> None:
         """Adds a block of classes, [rows, classes]."""
-        largest, sums, total = self.largest[rows], self.sum[rows], self.total[rows]
+        largest, sums = part(self.largest, rows), part(self.sum, rows)
+        total = None if self.total is None else part(self.total, rows)
         if logits.dtype == torch.float32:
             kernels().logits_statistics(logits, largest, sums, total)
             return
@@ -224,7 +235,8 @@ class _Statistics:
         largest.copy_(torch.maximum(before, logits.amax(dim=1)))
         shift = largest.where(largest > float("-inf"), 0.0)
         sums.mul_((before - shift).exp()).add_((logits - shift[:, None]).exp().sum(dim=1))
-        total.add_(logits.sum(dim=1))
+        if total is not None:
+            total.add_(logits.sum(dim=1))
 
     def lse(self) -> Tensor:
         return (self.largest.double() + self.sum.log()).to(self.largest.dtype)

@@ -108,6 +108,8 @@ def wide_product(
         out = a.new_empty(a.shape[0], b.shape[1], dtype=wide)
         if kernels().linear([_rows(left)], left_transposed, _rows(right), right_transposed, None, [out]):
             return out
+    if a.shape[1] <= _INNER_BLOCK[a.dtype]:
+        return (_whole_rows(a) @ b).to(wide)
     first, *rest = blocks(a.shape[1], _INNER_BLOCK[a.dtype])
     out = (_whole_rows(a[:, first]) @ b[first]).to(wide)
     for inner in rest:
@@ -122,6 +124,11 @@ def blocks(size: int, step: int) -> Iterator[slice]:
     """Cuts ``range(size)`` into slices of at least one and at most ``step``."""
     step = max(step, 1)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def part(tensor: Tensor, rows: slice) -> Tensor:
+    """Returns ``tensor[rows]``, one of ``blocks``; a slice costs a microsecond, so the whole is not sliced."""
+    return tensor if rows.stop - rows.start == len(tensor) else tensor[rows]
 
 
 def _rows(matrix: Tensor) -> Tensor:

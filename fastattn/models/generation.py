@@ -9,12 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastattn.ops.softmax import log_softmax
+
 
 class Decoder(Protocol):
     """What generation asks of a model: next-token scores, for rows that can be rearranged between steps."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Log-probabilities ``[rows, vocab]`` of the token after ``ids [rows, length]``, which start with ``<bos>``."""
+        """Logits ``[rows, vocab]`` of the token after ``ids [rows, length]``, which start with ``<bos>``.
+
+        They are the caller's, who writes into them.
+        """
 
     def reorder(self, rows: Tensor, *, same_source: bool) -> None:
         """Row ``i`` goes on from what row ``rows[i]`` was; with ``same_source`` each row keeps its source."""
@@ -94,8 +99,9 @@ def _one_by_one(decoder: Decoder, ids: Tensor, special: Special, settings: Gener
     """Greedy and sampling: one sequence a row; a row that ends leaves the batch."""
     outputs: list[list[int]] = [[] for _ in range(len(ids))]
     active = list(range(len(ids)))  # which output each row writes
+    banned = torch.tensor(special.banned, dtype=torch.int64, device=ids.device)
     for _ in range(settings.max_new_tokens):
-        scores = _allowed(decoder.step(ids), special)
+        scores = decoder.step(ids).index_fill_(1, banned, -math.inf)
         chosen = scores.argmax(dim=-1) if settings.strategy == "greedy" else _draw(scores, settings)
         tokens = chosen.tolist()
         going = [row for row, token in enumerate(tokens) if token != special.eos]
@@ -113,7 +119,7 @@ def _one_by_one(decoder: Decoder, ids: Tensor, special: Special, settings: Gener
 
 def _draw(scores: Tensor, settings: GenerationSettings) -> Tensor:
     """One token a row from the tempered, truncated distribution."""
-    scores, order = (scores / settings.temperature).sort(dim=-1, descending=True, stable=True)
+    scores, order = (scores.float() / settings.temperature).sort(dim=-1, descending=True, stable=True)
     if settings.top_k:
         scores[:, settings.top_k :] = -math.inf
     probabilities = scores.softmax(dim=-1)
@@ -152,8 +158,9 @@ def _beam_search(decoder: Decoder, ids: Tensor, special: Special, settings: Gene
     finished = [_Finished() for _ in range(len(ids))]
     active = list(range(len(ids)))  # which row of the batch each group of beams belongs to
     sums = torch.zeros(len(ids), 1, dtype=torch.float32, device=ids.device)  # log-probability, [groups, live beams]
+    banned = torch.tensor(special.banned, dtype=torch.int64, device=ids.device)
     for length in range(1, settings.max_new_tokens + 1):
-        scores = _allowed(decoder.step(ids), special)
+        scores = log_softmax(decoder.step(ids), dtype=torch.float32).index_fill_(1, banned, -math.inf)
         groups, width, vocab = *sums.shape, scores.shape[-1]
         totals = (sums[:, :, None] + scores.view(groups, width, vocab)).flatten(1)
         # At most one end a beam, so twice the beams always hold enough that go on.
@@ -192,9 +199,3 @@ def _settled(result: _Finished, best_sum: float, length: int, settings: Generati
     # Sums are negative and only fall, so the most a beam can reach is its present sum at the most favourable length.
     most = settings.max_new_tokens if settings.length_penalty > 0 else length + 1
     return result.count > 0 and result.score >= best_sum / most**settings.length_penalty
-
-
-def _allowed(scores: Tensor, special: Special) -> Tensor:
-    scores = scores.clone()
-    scores[:, list(special.banned)] = -math.inf
-    return scores

@@ -17,7 +17,6 @@ from fastattn.models.config import Seq2SeqConfig
 from fastattn.models.generation import GenerationSettings, Special, generate
 from fastattn.models.tokenizer import Seq2SeqTokenizer, pad
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
-from fastattn.ops.softmax import log_softmax
 
 
 class Seq2Seq(nn.Module):
@@ -330,7 +329,7 @@ class _Steps:
     def step(self, ids: Tensor) -> Tensor:
         new = ids if self.cache is None else ids[:, -1:]
         hidden = self.model.decode(new, self.memory, self.padding, cache=self.cache)
-        return log_softmax(self.model._project(hidden[:, -1]), dtype=torch.float32)
+        return self.model._project(hidden[:, -1])
 
     def reorder(self, rows: Tensor, *, same_source: bool) -> None:
         if not same_source:

@@ -29,11 +29,17 @@ def linear_cross_entropy(call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
     return reduce(loss, call), lse
 
 
-def reduce(loss: Tensor, call: LinearCrossEntropyCall) -> Tensor:
-    """Reduces a loss a token [...] as ``call.reduction`` says; the mean over no token is 0."""
+def reduce(loss: Tensor, call: LinearCrossEntropyCall, counted: int | None = None) -> Tensor:
+    """Reduces a loss a token [...] as ``call.reduction`` says; the mean over no token is 0.
+
+    Args:
+        loss: of each token, 0 for those that do not count.
+        call: the canonical call.
+        counted: how many count, where that is known.
+    """
     if call.reduction == "none":
         return loss
     total = loss.sum()
     if call.reduction == "sum":
         return total
-    return total / (call.target != call.ignore_index).sum().clamp(min=1)
+    return total / (max(counted, 1) if counted is not None else (call.target != call.ignore_index).sum().clamp(min=1))

@@ -87,7 +87,7 @@ def linear_cross_entropy_call(
 
 def check_targets(call: LinearCrossEntropyCall) -> None:
     """Raises ValueError if a target is no class; where reading the targets would wait for a device, does nothing."""
-    if call.target.device.type != "cpu" or call.num_tokens == 0:
+    if call.target.device.type != "cpu" or call.num_tokens == 0 or all_count(call):
         return
     wrong = (call.target != call.ignore_index) & ((call.target < 0) | (call.target >= call.vocab_size))
     if wrong.any():
@@ -95,6 +95,12 @@ def check_targets(call: LinearCrossEntropyCall) -> None:
             f"target must hold class indices in [0, vocab_size={call.vocab_size}) or ignore_index={call.ignore_index}, "
             f"got {call.target[wrong][0].item()}"
         )
+
+
+def all_count(call: LinearCrossEntropyCall) -> bool:
+    """Whether every target is a class and none is to be ignored; there is at least one."""
+    low, high = (end.item() for end in call.target.aminmax())
+    return low >= 0 and high < call.vocab_size and not low <= call.ignore_index <= high
 
 
 def empty_output(call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
