@@ -1,13 +1,14 @@
 // The feed-forward's backward for a handful of tokens: the equations of feed_forward_gradients.h with tokens as lanes.
 //
-// There is more to read and to write than to multiply. So weights are read once and, being left operands, not packed:
-// all tokens are a single panel on the right. And the weights' gradients, sums over those tokens alone, go from
-// registers to where they are to stand. A task is a group of hidden units; into dx tasks add in turn.
+// There is more to read and to write than to multiply. So W_in and W_gate, being left operands, are read where they
+// lie: all tokens are a single panel on the right. Of W_out, whose columns belong to a task, some rows at a time are
+// packed for dout to be multiplied by. And the weights' gradients, sums over those tokens alone, go from registers to
+// where they are to stand. A task is a group of hidden units; into dx tasks add in turn.
 #pragma once
 
 #include "feed_forward_backward.h"
 #include "feed_forward_blocks.h"
-#include "feed_forward_groups.h"
+#include "feed_forward_gradients.h"
 #include "stream.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -26,10 +27,11 @@ class FewTokensGradients {
   }
 
   void run() {
+    if (args_.dbias_out != nullptr) sum_dout<T>(args_);
+    if (!wants_dhidden_ && args_.dweight_out.data == nullptr) return;
     const auto carve_shared = [&](Carver& carver) {
       x_t_ = carver.take<float>(panel_size<float>(round_up(p_.model_dim, FloatVec::kWidth)));
       dx_t_ = carver.take<float>(panel_size<float>(round_up(p_.model_dim, FloatVec::kWidth)));
-      dout_t_ = carver.take<float>(panel_size<float>(p_.out_dim));
       x_ = carver.take<float>(panels_size<float>(p_.tokens, p_.model_dim));
       dout_ = carver.take<float>(p_.tokens * dout_row_);
     };
@@ -37,7 +39,6 @@ class FewTokensGradients {
     carve_shared(shared);
     const T *x = at(p_.input, 0, 0), *dout = at(args_.dout, 0, 0);
     pack_transposed(x_t_, x, p_.input.row_stride, p_.model_dim, p_.tokens);
-    pack_transposed(dout_t_, dout, args_.dout.row_stride, p_.out_dim, p_.tokens);
     pack(x_, x, p_.input.row_stride, p_.tokens, p_.model_dim, panel_size<float>(p_.tokens));
     for (int64_t t = 0; t < p_.tokens; ++t) {
       for_each_vec<float>(p_.out_dim, [&](int64_t i, auto n) {
@@ -55,23 +56,26 @@ class FewTokensGradients {
       run_task(task, index * kUnits, min(kUnits, p_.ff_dim - index * kUnits), index);
     });
     if (wants_dx_) write_dx();
-    if (args_.dbias_out != nullptr) sum_rows(args_.dbias_out, 0, p_.out_dim, dout_t_);
   }
 
  private:
   static constexpr int64_t kUnits = 128;
+  static constexpr int64_t kOutRows = 64;  // of W_out: 32 KiB, which stay in the first-level cache
+  static constexpr bool kInPlace = sizeof(T) == sizeof(float);
 
   struct Task {
-    float *in, *gate;                    // [kUnits, row()]
-    float* out;                          // [out_dim, kUnits]
+    float *in, *gate;                    // [kUnits, row()], where weights are no float32
+    float* out;                          // panels [kOutRows, kUnits]
+    float* dhidden_t;                    // [tokens, kUnits]
     float *before, *gate_sum, *dhidden;  // [kUnits, kLanes]; later hidden, dgate and dbefore
     float* hidden_t;                     // panels [tokens, kUnits]
   };
   Task carve(Carver& carver) const {
     Task task{};
-    task.in = carver.take<float>(kUnits * row());
-    if (gated_) task.gate = carver.take<float>(kUnits * row());
-    task.out = carver.take<float>(p_.out_dim * kUnits);
+    if (!kInPlace) task.in = carver.take<float>(kUnits * row());
+    if (!kInPlace && gated_) task.gate = carver.take<float>(kUnits * row());
+    task.out = carver.take<float>(panels_size<float>(kOutRows, kUnits));
+    task.dhidden_t = carver.take<float>(p_.tokens * kUnits);
     task.before = carver.take<float>(kUnits * kLanes);
     task.gate_sum = carver.take<float>(kUnits * kLanes);
     task.dhidden = carver.take<float>(kUnits * kLanes);
@@ -85,16 +89,10 @@ class FewTokensGradients {
   }
 
   void run_task(const Task& task, int64_t f, int64_t units, int64_t turn) {
-    copy(p_.weight_in, f, 0, units, p_.model_dim, task.in, row());
-    sum_products(units, p_.model_dim, task.in, row(), 1, x_t_, task.before);
-    if (gated_) {
-      copy(p_.weight_gate, f, 0, units, p_.model_dim, task.gate, row());
-      sum_products(units, p_.model_dim, task.gate, row(), 1, x_t_, task.gate_sum);
-    }
-    if (wants_dhidden_) {
-      copy(p_.weight_out, 0, f, p_.out_dim, units, task.out, kUnits);
-      sum_products(units, p_.out_dim, task.out, 1, kUnits, dout_t_, task.dhidden);
-    }
+    const Block in = left_rows(p_.weight_in, f, units, task.in), gate = left_rows(p_.weight_gate, f, units, task.gate);
+    sum_products(units, in, task.before);
+    if (gated_) sum_products(units, gate, task.gate_sum);
+    if (wants_dhidden_) multiply_dout(task, f, units);
     visit_activation(p_.activation, [&](auto tag) { apply<decltype(tag)::kValue>(task, f, units); });
     // hidden stands in `before` now, dbefore in `dhidden`, dgate in `gate_sum`.
     if (args_.dweight_out.data != nullptr) {
@@ -111,41 +109,64 @@ class FewTokensGradients {
     if (args_.dbias_gate != nullptr) sum_rows(args_.dbias_gate, f, units, task.gate_sum);
     if (!wants_dx_) return;
     wait_for_turn(&turn_, turn);
-    const auto add_dx = [&](const float* weight, const float* from, bool start) {
-      multiply<float>(p_.model_dim, p_.tokens, units, weight, 1, row(), from, 0,
+    const auto add_dx = [&](const Block& weight, const float* from, bool start) {
+      multiply<float>(p_.model_dim, p_.tokens, units, weight.data, 1, weight.row_stride, from, 0,
                       [&](int64_t i, int64_t t, FloatVec value) {
                         float* p = dx_t_ + i * kLanes + t;
                         store(p, start ? value : load(p) + value);
                       });
     };
-    add_dx(task.in, task.dhidden, turn == 0);
-    if (gated_) add_dx(task.gate, task.gate_sum, false);
+    add_dx(in, task.dhidden, turn == 0);
+    if (gated_) add_dx(gate, task.gate_sum, false);
     pass_turn(&turn_);
   }
 
-  // Copies a part of a weight to [rows][row] float32. It comes once from afar, and in order; where it lies, rows a
-  // power of two apart share few sets of the caches.
-  static void copy(const Matrix& weight, int64_t first, int64_t column, int64_t rows, int64_t columns, float* to,
-                   int64_t row) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* from = at(weight, first + i, column);
-      for_each_vec<float>(columns, [&](int64_t k, auto n) {
-        // 8 rows ahead: on rows this short no hardware fetches ahead.
-        __builtin_prefetch(from + 8 * weight.row_stride + k);
-        store(to + i * row + k, load_as_n<float>(from + k, n));
-      });
+  // Rows of a weight as a left operand: where they lie, or widened. Empty for an absent weight.
+  Block left_rows(const Matrix& weight, int64_t first, int64_t rows, float* buffer) const {
+    if constexpr (kInPlace) {
+      return {weight.data == nullptr ? nullptr : at(weight, first, 0), weight.row_stride};
+    } else {
+      for (int64_t i = 0; i < rows && weight.data != nullptr; ++i) {
+        const T* from = at(weight, first + i, 0);
+        for_each_vec<float>(p_.model_dim,
+                            [&](int64_t k, auto n) { store(buffer + i * row() + k, load_as_n<float>(from + k, n)); });
+      }
+      return {buffer, row()};
     }
   }
 
-  // to[i][token] = sum over k of a(i, k) * panel[k][token], in steps of kDepth.
-  void sum_products(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* panel,
-                    float* to) const {
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      multiply<float>(rows, p_.tokens, min(kDepth, depth - k), a + k * a_column, a_row, a_column, panel + k * kLanes, 0,
-                      [&](int64_t i, int64_t t, FloatVec value) {
+  // to[i][token] = W[i] . x[token], in steps of kDepth.
+  void sum_products(int64_t rows, const Block& weight, float* to) const {
+    for (int64_t k = 0; k < p_.model_dim; k += kDepth) {
+      multiply<float>(rows, p_.tokens, min(kDepth, p_.model_dim - k), weight.data + k, weight.row_stride, 1,
+                      x_t_ + k * kLanes, 0, [&](int64_t i, int64_t t, FloatVec value) {
                         float* p = to + i * kLanes + t;
                         store(p, k == 0 ? value : load(p) + value);
                       });
+    }
+  }
+
+  // dhidden[i][token] = dout[token] . W_out[..][f + i], in steps of kOutRows.
+  void multiply_dout(const Task& task, int64_t f, int64_t units) const {
+    for (int64_t o = 0; o < p_.out_dim; o += kOutRows) {
+      const int64_t depth = min(kOutRows, p_.out_dim - o);
+      pack(task.out, at(p_.weight_out, o, f), p_.weight_out.row_stride, depth, units, panel_size<float>(depth));
+      multiply<float>(p_.tokens, units, depth, dout_ + o, dout_row_, 1, task.out, panel_size<float>(depth),
+                      [&](int64_t t, int64_t i, FloatVec value) {
+                        float* p = task.dhidden_t + t * kUnits + i;
+                        store(p, o == 0 ? value : load(p) + value);
+                      });
+    }
+    constexpr int W = FloatVec::kWidth;
+    for (int64_t t = 0; t < p_.tokens; t += W) {
+      for (int64_t i = 0; i < units; i += W) {
+        FloatVec square[W];
+        for (int k = 0; k < W; ++k) {
+          square[k] = t + k < p_.tokens ? load(task.dhidden_t + (t + k) * kUnits + i) : FloatVec::zero();
+        }
+        transpose<float>(square);
+        for (int k = 0; k < W; ++k) store(task.dhidden + (i + k) * kLanes + t, square[k]);
+      }
     }
   }
 
@@ -238,8 +259,8 @@ class FewTokensGradients {
   const FeedForwardProblem& p_;
   bool gated_, wants_dx_, wants_dhidden_;
   int64_t dout_row_;
-  // What all tasks share: x^T, dx^T and dout^T as panels [.., kLanes], x as panels, dout as rows; all float32.
-  float *x_t_ = nullptr, *dx_t_ = nullptr, *dout_t_ = nullptr, *x_ = nullptr, *dout_ = nullptr;
+  // What all tasks share: x^T and dx^T as panels [.., kLanes], x as panels, dout as rows; all float32.
+  float *x_t_ = nullptr, *dx_t_ = nullptr, *x_ = nullptr, *dout_ = nullptr;
   int32_t turn_ = 0;  // which task's turn it is to add to dx
 };
 
