@@ -90,6 +90,12 @@ def test_several_tiles_and_panels(backend, dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_more_heads_than_are_added_up_together(backend, dtype):
+    call = call_of(*qkv(dtype, batch=1, heads=19, rows=70, keys=90, dim=32), mask=masks.Causal(), backend=backend)
+    assert_is_attention(call, attend_with_weights(call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_where_it_is_visible(backend, dtype):
     query, key, value = qkv(dtype)
     visible = torch.rand(2, 1, 110, 300, generator=torch.Generator().manual_seed(3)) < 0.5

@@ -20,12 +20,26 @@ namespace {
 
 constexpr int64_t kMaxRows = 96;  // queries a block: a multiple of kTileRows
 constexpr int64_t kKeys = 256;    // keys a tile: a multiple of 64 (a word of mask bits) and of every panel width
+constexpr int64_t kKeptBytes = int64_t{1} << 20;  // of probabilities, for the mean weights
+
+// Probabilities of a tile as the kernel leaves them: rows of kKeys.
+template <typename C>
+struct KeptRows {
+  static constexpr int kVecs = 1;
+  static void read(const char* tile, int64_t i, int64_t j, Vec<C> (&x)[1]) {
+    x[0] = load(reinterpret_cast<const C*>(tile) + i * kKeys + j);
+  }
+};
 
 template <typename C>
 class Forward {
  public:
   explicit Forward(const AttentionForwardArgs& args)
-      : args_(args), p_(args.problem), scores_(p_), rows_(block_rows(args)), mean_(args, rows_, kKeys, tile_bytes()) {
+      : args_(args),
+        p_(args.problem),
+        scores_(p_),
+        rows_(block_rows(args)),
+        mean_(args, rows_, kKeys, tile_bytes(), kKeptBytes) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
     blocks_ = ceil_div(p_.seq_len_q, rows_);
     tiles_ = ceil_div(p_.seq_len_k, kKeys);
@@ -61,19 +75,17 @@ class Forward {
         [&](char* packed, char* memory, int64_t batch, int64_t task) {
           const Block block = carve_block(Carver(memory));
           const Range rows = rows_of(task);
-          mean_.start(block.mean);
           for (int64_t head = 0; head < p_.num_heads_q; ++head) {
-            mean_.start_head(block.mean);
+            mean_.start_head(block.mean, head);
             run_block(carve_packed(Carver(packed + head / group_size_ * packed_bytes())), block, batch, head, rows);
+            mean_.end_head(block.mean, batch, head, rows, block.max, block.factor);
           }
-          mean_.write(block.mean, batch, rows);
         });
     if (!mean_.regular()) attention_weights(mean_weights(args_));
   }
 
   // Blocks of equal size; what is kept of one for the mean weights stays in the second-level cache.
   static int64_t block_rows(const AttentionForwardArgs& args) {
-    constexpr int64_t kKeptBytes = int64_t{1} << 20;
     const AttentionProblem& p = args.problem;
     int64_t most = kMaxRows;
     if (args.weights.data != nullptr) {
@@ -100,7 +112,7 @@ class Forward {
     C* alpha;   // [rows]: what the last tile's new maximum scales the past by
     C* factor;  // [rows]: what the weighted values are multiplied by at the end
     C* sum;     // [rows, kWidth]: running sum of the probabilities, lane by lane
-    typename MeanWeights<C>::Block mean;
+    typename MeanWeights<C, KeptRows<C>>::Block mean;
   };
 
   int64_t packed_bytes() const {
@@ -164,7 +176,7 @@ class Forward {
       const Coverage coverage = mask.coverage(rows, columns);
       if (coverage == Coverage::kNone) continue;
       const int64_t width = columns.end - columns.begin, offset = columns.begin - tile * kKeys;
-      if (mean_.wanted()) block.s = reinterpret_cast<C*>(mean_.kept(block.mean, columns.begin));
+      if (mean_.wanted()) block.s = reinterpret_cast<C*>(mean_.kept(block.mean, head, columns.begin));
       const C* k = packed.k + tile * k_tile_ + offset / kPanelWidth<C> * panel_size<C>(p_.head_dim);
       const C* v = packed.v + tile * v_tile_ + offset * kPanelWidth<C>;
 
@@ -174,7 +186,7 @@ class Forward {
       const bool masked = coverage != Coverage::kAll || width % Vec<C>::kWidth != 0;
       scores_.finish(block.s, kKeys, batch, head, rows, columns, masked, mask);
       softmax_tile(block, height, width);
-      if (mean_.wanted()) mean_.note(block.mean, columns, block.max);
+      if (mean_.wanted()) mean_.note(block.mean, head, columns, block.max);
       if (p_.dropout.threshold != 0) {  // the survivors are rescaled once, at the end
         for (int64_t i = 0; i < height; ++i) {
           drop_row(block.s + i * kKeys, width, p_.dropout, batch * p_.num_heads_q + head, rows.begin + i,
@@ -230,24 +242,16 @@ class Forward {
       const int64_t at = i - rows.begin;
       const C sum = reduce_add(load(block.sum + at * Vec<C>::kWidth));
       block.factor[at] = end_row(p_, head, sum, block.max[at], &lse[i]);
+      mean_.note_lse(lse[i]);
       write_row(args_.out, batch, head, i, p_.head_dim_v, block.out + at * out_stride_, block.factor[at]);
     }
-    if (!mean_.wanted()) return;
-    for (int64_t i = rows.begin; i < rows.end; ++i) mean_.note_lse(lse[i]);
-    mean_.add(block.mean, rows.end - rows.begin, block.max, block.factor,
-              [](C* sum, const char* kept, int64_t i, int64_t width, Vec<C> factor) {
-                const C* p = reinterpret_cast<const C*>(kept) + i * kKeys;
-                for (int64_t j = 0; j < width; j += Vec<C>::kWidth) {
-                  store(sum + j, fma(load(p + j), factor, load(sum + j)));
-                }
-              });
   }
 
   const AttentionForwardArgs& args_;
   const AttentionProblem& p_;
   const Scores<C> scores_;
   const int64_t rows_;  // queries a block
-  const MeanWeights<C> mean_;
+  const MeanWeights<C, KeptRows<C>> mean_;
   int64_t group_size_, blocks_, tiles_, out_stride_, k_tile_, v_tile_;
 };
 

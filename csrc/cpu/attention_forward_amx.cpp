@@ -27,11 +27,32 @@ constexpr int64_t kRows = kStep;   // queries a block
 constexpr int64_t kKeys = 64;      // keys a tile: all that a tile touches stays in the first-level cache
 constexpr int64_t kMaxBlocks = 4;  // that meet a tile of keys one after the other, where ...
 constexpr int64_t kCachedBytes = int64_t{3} << 19;  // ... keys and values do not stay in the second-level cache
-constexpr int64_t kKeptBytes = int64_t{5} << 18;    // of blocks that go through all heads one after the other
-constexpr float kSlack = 8.0f;                      // in powers of two
+// Of probabilities, for the mean weights, whose keys and values come from the third-level cache. At 2048 keys, in ms:
+// bfloat16 with one block at a time, 8 heads added up together, 11.8, with 3 blocks and each head by itself 13.2;
+// float32, whose keys and values are three times as large, 34.5 and 28.2.
+constexpr int64_t kKeptBytes = int64_t{2} << 20;
+constexpr float kSlack = 8.0f;  // in powers of two
 constexpr float kInfinity = __builtin_inff();
 
 using Whole = std::integral_constant<int64_t, kKeys / kStep>;  // the steps of a whole tile, for the compiler to see
+
+// Probabilities of a tile as they are multiplied: [kKeys / kStep, pieces, kRows, kStep].
+template <int kPieces>
+struct KeptPieces {
+  static constexpr int kVecs = 2;
+  static void read(const char* tile, int64_t i, int64_t j, FloatVec (&x)[2]) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const char* from = tile + j / kStep * kPieces * kPieceBytes + i * 64;
+#pragma GCC unroll 3
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const __m512i pairs = _mm512_loadu_si512(from + piece * kPieceBytes);
+      const FloatVec low{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+      const FloatVec high{_mm512_castsi512_ps(_mm512_and_si512(pairs, upper))};
+      x[0] = piece == 0 ? low : x[0] + low;
+      x[1] = piece == 0 ? high : x[1] + high;
+    }
+  }
+};
 
 template <typename T>
 class ForwardAmx {
@@ -41,7 +62,7 @@ class ForwardAmx {
         p_(args.problem),
         scores_(p_, kUnit),
         to_log2_(scores_.to_log2()),
-        mean_(args, kRows, kKeys, kKeys / kStep * kStepBytes) {
+        mean_(args, kRows, kKeys, kKeys / kStep * kStepBytes, kCut ? 0 : kKeptBytes / 2) {
     group_size_ = p_.num_heads_q / p_.num_heads_kv;
     dim_steps_ = ceil_div(p_.head_dim, kStep);
     value_steps_ = ceil_div(p_.head_dim_v, kStep);
@@ -49,7 +70,7 @@ class ForwardAmx {
     tiles_ = ceil_div(p_.seq_len_k, kKeys);
     const bool cached = !mean_.wanted() && packed_bytes() <= kCachedBytes;
     blocks_ = cached ? 1 : min(kMaxBlocks, ceil_div(p_.seq_len_q, kRows));
-    if (mean_.wanted()) blocks_ = max(1, min(blocks_, kKeptBytes / mean_.bytes()));
+    if (mean_.wanted()) blocks_ = kCut ? max(1, min(blocks_, kKeptBytes / mean_.bytes())) : 1;
   }
 
   // Returns whether all could be cut into pieces; if not, the output is void.
@@ -83,6 +104,7 @@ class ForwardAmx {
 
  private:
   static constexpr int kPieces = kPiecesOf<T>;
+  using Mean = MeanWeights<float, KeptPieces<kPieces>>;
   static constexpr bool kCut = kPieces > 1;
   // A bfloat16 or float16 query times the scale would have more bits than its pieces hold; a float32 has as many.
   static constexpr ScoreUnit kUnit = kPieces == 3 ? ScoreUnit::kLog2 : ScoreUnit::kRaw;
@@ -95,7 +117,7 @@ class ForwardAmx {
     float* shift;   // [kRows]: what is subtracted from a row's scores, in powers of two
     float* factor;  // [kRows]
     float* sum;     // [kRows, 16]: running sum of the probabilities, lane by lane
-    MeanWeights<float>::Block mean;
+    typename Mean::Block mean;
     const void* a;  // queries: q or the caller's
     int64_t a_row, a_step;
     Range rows, seen;
@@ -187,11 +209,9 @@ class ForwardAmx {
 
   // Also writes the mean weights.
   void run_all_heads(const char* packed, const Panel& panel, int64_t batch, int64_t begin) const {
-    for (int64_t i = 0; i < panel.count; ++i) mean_.start(panel.blocks[i].mean);
     for (int64_t head = 0; head < p_.num_heads_q; ++head) {
       run_panel(packed + head / group_size_ * packed_bytes(), panel, batch, head, begin);
     }
-    for (int64_t i = 0; i < panel.count; ++i) mean_.write(panel.blocks[i].mean, batch, rows_of(begin, i));
   }
 
   // The rows of a panel's block.
@@ -238,7 +258,7 @@ class ForwardAmx {
     for (int turn = 0; more; turn ^= 1) {
       Block& block = *tile.block;
       float* const s = panel.s[turn];
-      char* const p = tile.p = mean_.wanted() ? mean_.kept(block.mean, tile.columns.begin) : panel.p[turn];
+      char* const p = tile.p = mean_.wanted() ? mean_.kept(block.mean, head, tile.columns.begin) : panel.p[turn];
       more = find_tile(&panel, mask, seen, &at, &next);
       const int64_t of_v = pending ? value_steps_ : 0;
       const auto make = [&](int64_t i) {
@@ -257,7 +277,7 @@ class ForwardAmx {
         }
         rescale(block);
       }
-      if (mean_.wanted()) mean_.note(block.mean, tile.columns, block.shift);
+      if (mean_.wanted()) mean_.note(block.mean, head, tile.columns, block.shift);
       if (steps == kKeys / kStep) {
         exponentiate(block, s, p, Whole(), background, units);
       } else {
@@ -282,26 +302,7 @@ class ForwardAmx {
     for (int64_t i = 0; i < panel.count; ++i) {
       const Block& block = panel.blocks[i];
       write(block);
-      mean_.add(block.mean, block.rows.end - block.rows.begin, block.shift, block.factor, add_row);
-    }
-  }
-
-  // sum += factor * p of `width` columns of a tile's row i, as exponentiate() left them.
-  static void add_row(float* sum, const char* p, int64_t i, int64_t width, FloatVec factor) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    p += i * 64;
-    for (int64_t j = 0; j < width; j += kStep, p += kStepBytes) {
-      FloatVec low = FloatVec::zero(), high = FloatVec::zero();
-#pragma GCC unroll 3
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const __m512i pair = _mm512_loadu_si512(p + piece * kPieceBytes);
-        const FloatVec a{_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))},
-            b{_mm512_castsi512_ps(_mm512_and_si512(pair, upper))};
-        low = piece == 0 ? a : low + a;
-        high = piece == 0 ? b : high + b;
-      }
-      store(sum + j, fma(low, factor, load(sum + j)));
-      store(sum + j + 16, fma(high, factor, load(sum + j + 16)));
+      if (mean_.wanted()) mean_.end_head(block.mean, batch, head, block.rows, block.shift, block.factor);
     }
   }
 
@@ -311,7 +312,7 @@ class ForwardAmx {
     block->rows = rows;
     block->seen = mask.k_range(rows.begin, rows.end);
     block->fresh = true;
-    mean_.start_head(block->mean);
+    mean_.start_head(block->mean, head);
     load_queries(panel, block);
     for (int64_t i = 0; i < kRows; i += 16) store(block->shift + i, FloatVec::set1(-kInfinity));
     for (int64_t i = 0; i < kRows; ++i) store(block->sum + i * 16, FloatVec::zero());
@@ -556,7 +557,7 @@ class ForwardAmx {
   const AttentionProblem& p_;
   const Scores<float> scores_;
   const float to_log2_;
-  const MeanWeights<float> mean_;
+  const Mean mean_;
   int64_t group_size_, dim_steps_, value_steps_, out_stride_, tiles_, blocks_;
   mutable bool fits_ = true;                        // all could be cut into pieces
   mutable uint32_t largest_q_ = 0, largest_k_ = 0;  // bits of a float: the largest query, as packed, and key
