@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend
+from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
 
 # The first whose kernels may take tuples with names and fields that are None.
@@ -59,7 +60,7 @@ def too_old(device: int) -> str | None:
     return f"{torch.cuda.get_device_name(device)} has compute capability {found}, kernels need {needed}"
 
 
-class TritonBackend(Backend):
+class TritonBackend(RowOps, Backend):
     name = "triton"
 
     @property

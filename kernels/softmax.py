@@ -1,0 +1,337 @@
+"""Softmax and log-softmax of rows of any length, forward and backward.
+
+Shapes: every tensor is a View of [batch, heads, rows, columns], of which ``columns`` is the dimension that the softmax
+runs over.  A row that fits is read once; a longer one is read in chunks, a second time backwards, so that what was read
+last is still in the cache, and where there are too few rows for a GPU several programs share each.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.arguments import View
+from fastattn.kernels.numbers import inverse, number
+from fastattn.kernels.rows import row_tile, row_views, warps
+from fastattn.kernels.tile import accumulator
+from fastattn.spec.attention import lse_dtype
+from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
+
+# Programs below which a GPU is not full, and long rows are shared among several.
+_FEW_PROGRAMS = 256
+
+
+@triton.jit
+def _place(heads, rows, ROWS: tl.constexpr):
+    """Returns batch, head and row numbers int64 [ROWS] of a program; the grid is all tiles of rows, one after another."""
+    tiles = tl.cdiv(rows, ROWS)
+    plane = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * ROWS
+    return (plane // heads).to(tl.int64), (plane % heads).to(tl.int64), first + tl.arange(0, ROWS).to(tl.int64)
+
+
+@triton.jit
+def _at(view, batch, head, row, column):
+    """Returns pointers to [rows, columns] of a view."""
+    start = view.data + batch * view.batch + head * view.head
+    return start + row[:, None] * view.row + column[None, :] * view.column
+
+
+@triton.jit
+def _visible(mask, batch, head, row, column, inside):
+    """Returns which elements exist and, where there is a mask, may be seen."""
+    if mask.data is not None:
+        return inside & (tl.load(_at(mask, batch, head, row, column), mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _scores(x, mask, batch, head, row, column, rows, columns, scale, DTYPE: tl.constexpr):
+    """Returns scaled elements, -inf where nothing is visible, and what is visible."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    seen = _visible(mask, batch, head, row, column, inside)
+    values = tl.load(_at(x, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
+    return tl.where(seen, values * number(scale, DTYPE)[:, None], float("-inf")), seen
+
+
+@triton.jit
+def _finish(s, seen, shift, total, HAS_MASK: tl.constexpr, LOG: tl.constexpr):
+    """Returns the (log-)softmax of scores."""
+    if LOG:
+        result = s - shift[:, None] - tl.log(total)[:, None]
+        hidden = float("-inf")
+    else:
+        result = tl.exp(s - shift[:, None]) * inverse(total)[:, None]
+        hidden = 0.0
+    if HAS_MASK:
+        result = tl.where(seen, result, hidden)
+    return result
+
+
+@triton.jit
+def _store(view, batch, head, row, column, rows, columns, values):
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(_at(view, batch, head, row, column), values.to(view.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax_forward(
+    x, out, mask, heads, rows, columns, scale: tl.float64, LOG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Writes the (log-)softmax of ROWS rows, each of at most COLUMNS elements.
+
+    Grid: batch * heads * tiles of rows.
+
+    Args:
+        x: View; likewise ``out``, and ``mask`` of 0 and 1 or of no data.
+        scale: what elements are multiplied by.
+    """
+    dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
+    batch, head, row = _place(heads, rows, ROWS)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
+    s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+    top = tl.max(s, axis=1)
+    # -inf minus -inf is NaN: a row of nothing but -inf subtracts 0.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(s - shift[:, None]), axis=1)
+    result = _finish(s, seen, shift, total, mask.data is not None, LOG)
+    _store(out, batch, head, row, column, rows, columns, result)
+
+
+@triton.jit
+def _share(columns, COLUMNS: tl.constexpr):
+    """Returns the first and the last chunk of a program's share of a row."""
+    chunks = tl.cdiv(columns, COLUMNS)
+    share = tl.cdiv(chunks, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    return first, tl.minimum(first + share, chunks)
+
+
+@triton.jit
+def _statistics_at(statistics, row, rows, split):
+    """Returns pointers to a number a row of one share of columns; ``statistics`` is [splits, all rows]."""
+    all_rows = tl.num_programs(0).to(tl.int64)
+    plane = tl.program_id(0) // tl.cdiv(rows, row.shape[0])
+    return statistics + (split * (all_rows // tl.cdiv(rows, row.shape[0])) + plane) * rows + row
+
+
+@triton.jit
+def softmax_forward_long(
+    x,
+    out,
+    mask,
+    tops,
+    totals,
+    heads,
+    rows,
+    columns,
+    scale: tl.float64,
+    LOG: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WRITE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes the (log-)softmax of ROWS rows of any length, of which a program may have a share.
+
+    Grid: batch * heads * tiles of rows; shares.
+
+    Args:
+        tops: [shares, batch * heads * rows], running maxima; likewise ``totals``, sums of exponentials below them.
+        SPLITS: shares of a row.
+        COUNT: whether to find a share's maximum and sum; with more than one share, they are written.
+        WRITE: whether to write results; with more than one share, from what all shares have written.
+
+    The others are those of :func:`softmax_forward`.
+    """
+    dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
+    batch, head, row = _place(heads, rows, ROWS)
+    first, last = _share(columns, COLUMNS)
+    top = tl.full([ROWS], float("-inf"), dtype)
+    total = tl.zeros([ROWS], dtype)
+    if COUNT:
+        for chunk in range(first, last):
+            column = chunk * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+            s, _ = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+            now = tl.maximum(top, tl.max(s, axis=1))
+            shift = tl.where(now == float("-inf"), 0.0, now)
+            total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), axis=1)
+            top = now
+        if SPLITS > 1:
+            tl.store(_statistics_at(tops, row, rows, tl.program_id(1)), top, mask=row < rows)
+            tl.store(_statistics_at(totals, row, rows, tl.program_id(1)), total, mask=row < rows)
+    if WRITE:
+        if SPLITS > 1:
+            for split in range(SPLITS):
+                share_top = tl.load(_statistics_at(tops, row, rows, split), mask=row < rows, other=0.0)
+                share_total = tl.load(_statistics_at(totals, row, rows, split), mask=row < rows, other=1.0)
+                now = tl.maximum(top, share_top)
+                shift = tl.where(now == float("-inf"), 0.0, now)
+                total = total * tl.exp(top - shift) + share_total * tl.exp(share_top - shift)
+                top = now
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        for back in range(first, last):
+            column = (last - 1 - (back - first)) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+            s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+            result = _finish(s, seen, shift, total, mask.data is not None, LOG)
+            _store(out, batch, head, row, column, rows, columns, result)
+
+
+@triton.jit
+def _gradients(out, dout, mask, batch, head, row, column, rows, columns, DTYPE: tl.constexpr):
+    """Returns results, their gradients (0 where nothing is visible), and what is visible."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    seen = _visible(mask, batch, head, row, column, inside)
+    result = tl.load(_at(out, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
+    grad = tl.load(_at(dout, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
+    return result, tl.where(seen, grad, 0.0), seen
+
+
+@triton.jit
+def _finish_gradient(result, grad, seen, total, scale, HAS_MASK: tl.constexpr, LOG: tl.constexpr):
+    """Returns the gradient of the input."""
+    if LOG:
+        found = grad - tl.exp(result) * total[:, None]
+    else:
+        found = result * (grad - total[:, None])
+    if HAS_MASK:
+        found = tl.where(seen, found, 0.0)
+    return found * number(scale, found.dtype)[:, None]
+
+
+@triton.jit
+def softmax_backward(
+    out,
+    dout,
+    dinput,
+    mask,
+    heads,
+    rows,
+    columns,
+    scale: tl.float64,
+    LOG: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes the gradient of ROWS rows, each of at most COLUMNS elements, from results alone.
+
+    ``scale * p * (dout - sum(p * dout))`` for the softmax p; ``scale * (dout - exp(out) * sum(dout))`` for its
+    logarithm.  Grid and arguments: :func:`softmax_forward`'s.
+    """
+    dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
+    batch, head, row = _place(heads, rows, ROWS)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
+    result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+    total = tl.sum(grad if LOG else result * grad, axis=1)
+    found = _finish_gradient(result, grad, seen, total, scale, mask.data is not None, LOG)
+    _store(dinput, batch, head, row, column, rows, columns, found)
+
+
+@triton.jit
+def softmax_backward_long(
+    out,
+    dout,
+    dinput,
+    mask,
+    totals,
+    heads,
+    rows,
+    columns,
+    scale: tl.float64,
+    LOG: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WRITE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes the gradient of ROWS rows of any length, as :func:`softmax_forward_long` writes their results."""
+    dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
+    batch, head, row = _place(heads, rows, ROWS)
+    first, last = _share(columns, COLUMNS)
+    total = tl.zeros([ROWS], dtype)
+    if COUNT:
+        for chunk in range(first, last):
+            column = chunk * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+            result, grad, _ = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+            total += tl.sum(grad if LOG else result * grad, axis=1)
+        if SPLITS > 1:
+            tl.store(_statistics_at(totals, row, rows, tl.program_id(1)), total, mask=row < rows)
+    if WRITE:
+        if SPLITS > 1:
+            for split in range(SPLITS):
+                total += tl.load(_statistics_at(totals, row, rows, split), mask=row < rows, other=0.0)
+        for back in range(first, last):
+            column = (last - 1 - (back - first)) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+            result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+            found = _finish_gradient(result, grad, seen, total, scale, mask.data is not None, LOG)
+            _store(dinput, batch, head, row, column, rows, columns, found)
+
+
+def softmax_fwd(call: SoftmaxCall) -> Tensor:
+    """Returns the (log-)softmax of a canonical call, contiguous."""
+    out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
+    views, sizes = row_views(call.dim, call.input, out, call.mask)
+    for kernel, grid, arguments, options in _launches(call, views, sizes, out.dtype, backward=False):
+        kernel[grid](*arguments, **options)
+    return out
+
+
+def softmax_bwd(call: SoftmaxBackwardCall) -> Tensor:
+    """Returns the gradient of the input, contiguous."""
+    dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)
+    views, sizes = row_views(call.dim, call.out, call.dout, dinput, call.mask)
+    for kernel, grid, arguments, options in _launches(call, views, sizes, call.out.dtype, backward=True):
+        kernel[grid](*arguments, **options)
+    return dinput
+
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
+def _launches(
+    call: SoftmaxCall | SoftmaxBackwardCall,
+    views: Sequence[View],
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+) -> list[Launch]:
+    """Returns what to launch, as kernel, grid, arguments and options: one kernel; two where rows have shares."""
+    batch, heads, rows, columns = sizes
+    if batch * heads * rows * columns == 0:
+        return []
+    wide = lse_dtype(dtype)
+    tile_rows, tile_columns = row_tile(rows, columns, wide.itemsize, views[0].column)
+    programs = batch * heads * -(-rows // tile_rows)
+    options = {
+        "LOG": call.log,
+        "ROWS": tile_rows,
+        "COLUMNS": tile_columns,
+        "num_warps": warps(tile_rows * tile_columns),
+    }
+    numbers = (heads, rows, columns, call.scale)
+    if tile_columns >= columns:
+        kernel = softmax_backward if backward else softmax_forward
+        return [(kernel, (programs,), (*views, *numbers), options)]
+    kernel = softmax_backward_long if backward else softmax_forward_long
+    splits = max(1, min(_FEW_PROGRAMS // programs, -(-columns // tile_columns)))
+    shape = (splits, batch * heads * rows) if splits > 1 else (0,)
+    statistics = [views[0].data.new_empty(shape, dtype=wide) for _ in range(1 if backward else 2)]
+    return [
+        (
+            kernel,
+            (programs, splits),
+            (*views, *statistics, *numbers),
+            {**options, "SPLITS": splits, "COUNT": count, "WRITE": write},
+        )
+        for count, write in ([(True, True)] if splits == 1 else [(True, False), (False, True)])
+    ]

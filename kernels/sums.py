@@ -1,0 +1,69 @@
+"""Sums over rows without atomics: partial sums of blocks of rows, then the sum of those, each in one order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.rows import power_of_two
+from fastattn.kernels.tile import accumulator
+
+# Most blocks of rows, each of which has partial sums: enough to fill a GPU together with the tiles of columns.
+MOST_BLOCKS = 256
+_COLUMNS = 128
+_ROWS = 16
+
+
+@triton.jit
+def sum_rows_kernel(x, out, rows, columns, stride, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes the sum of a block of rows for a tile of columns.
+
+    Grid: tiles of columns; blocks of ``share`` rows.
+
+    Args:
+        x: [rows, columns], ``stride`` elements from row to row.
+        out: [blocks, columns], contiguous.
+    """
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.program_id(1).to(tl.int64) * share
+    end = tl.minimum(begin + share, rows)
+    total = tl.zeros([ROWS, COLUMNS], accumulator(x.dtype.element_ty))
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        inside = (row < end)[:, None] & (column < columns)[None, :]
+        total += tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(total.dtype)
+    to = out + tl.program_id(1).to(tl.int64) * columns + column
+    tl.store(to, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < columns)
+
+
+def sum_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sum over rows of ``matrix`` [rows, columns], whose columns are adjacent: [columns] in ``dtype``."""
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    blocks = min(MOST_BLOCKS, -(-len(matrix) // (4 * _ROWS)))
+    if blocks > 1:
+        partial = matrix.new_empty(blocks, matrix.shape[1], dtype=wide)
+        _launch(matrix, partial)
+        matrix = partial
+    out = matrix.new_empty(1, matrix.shape[1], dtype=dtype)
+    _launch(matrix, out)
+    return out[0]
+
+
+def _launch(matrix: Tensor, out: Tensor) -> None:
+    if matrix.shape[1] == 0:
+        return
+    grid, arguments, options = arguments_of(matrix, out)
+    sum_rows_kernel[grid](*arguments, **options)
+
+
+def arguments_of(matrix: Tensor, out: Tensor) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """Returns grid, arguments and options that write sums of equal shares of the rows to ``out`` [blocks, columns]."""
+    rows, columns = matrix.shape
+    share = -(-rows // len(out))
+    tile = min(_COLUMNS, power_of_two(columns))
+    arguments = (matrix, out, rows, columns, matrix.stride(0), share)
+    return (-(-columns // tile), len(out)), arguments, {"ROWS": _ROWS, "COLUMNS": tile, "num_warps": 4}
