@@ -332,7 +332,7 @@ def forward_launch(
     x = matrix(call.input, columns)
     residual = None if call.residual is None else matrix(call.residual, columns)
     weight, bias = (None if p is None else p.contiguous() for p in (call.weight, call.bias))
-    tile_rows, tile_columns = row_tile(len(x), columns, rstd.element_size())
+    tile_rows, tile_columns = row_tile(len(x), columns, rstd.element_size(), tensors=1 if residual is None else 2)
     arguments = (
         x, residual, weight, bias, out, total, mean, rstd, x.stride(0), 0 if residual is None else residual.stride(0),
         len(x), columns, call.eps,

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fastattn.kernels.arguments import View
 
-# Most elements of a row that a program holds: 32 numbers a thread, which is what several tensors leave room for.
+# Most elements of a row that a program holds, by bytes of an accumulator: 32 words a thread of one tensor leave room for
+# addresses and results; of two tensors they do not (the compiler spills).
 LONGEST = {4: 32768, 8: 16384}
 # Elements of a tile of short rows; enough for 16-byte loads of 128 threads.
 _TILE = 2048
 
 
-def row_tile(rows: int, columns: int, itemsize: int, column_stride: int = 1) -> tuple[int, int]:
+def row_tile(rows: int, columns: int, itemsize: int, column_stride: int = 1, tensors: int = 1) -> tuple[int, int]:
     """Returns rows and columns of a tile; fewer columns than a row has mean that it is read in chunks.
 
     Args:
@@ -23,14 +24,16 @@ def row_tile(rows: int, columns: int, itemsize: int, column_stride: int = 1) -> 
         columns: of a row.
         itemsize: bytes of an accumulator.
         column_stride: between neighbours of a row; where it is not 1, neighbouring rows are read together.
+        tensors: that are held at a time.
     """
+    longest = LONGEST[itemsize] // tensors
     if column_stride != 1 and rows > 1:
         tile_rows = min(32, power_of_two(rows))
-        return tile_rows, min(power_of_two(columns), LONGEST[itemsize] // 2 // tile_rows)
-    tile_columns = min(power_of_two(columns), LONGEST[itemsize])
+        return tile_rows, min(power_of_two(columns), longest // 2 // tile_rows)
+    tile_columns = min(power_of_two(columns), longest)
     if tile_columns < columns:
         # In chunks, of which a program holds more than one at a time while the next is on its way.
-        return 1, LONGEST[itemsize] // 4
+        return 1, longest // 4
     return max(1, min(_TILE // tile_columns, power_of_two(rows))), tile_columns
 
 

@@ -310,7 +310,7 @@ def _launches(
     if batch * heads * rows * columns == 0:
         return []
     wide = lse_dtype(dtype)
-    tile_rows, tile_columns = row_tile(rows, columns, wide.itemsize, views[0].column)
+    tile_rows, tile_columns = row_tile(rows, columns, wide.itemsize, views[0].column, 2 if backward else 1)
     programs = batch * heads * -(-rows // tile_rows)
     options = {
         "LOG": call.log,

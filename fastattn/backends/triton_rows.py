@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.linear import LinearCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
@@ -36,3 +39,13 @@ class RowOps:
         from fastattn.kernels.dropout import dropout_fwd
 
         return dropout_fwd(call)
+
+    def linear(self, call: LinearCall) -> list[Tensor]:
+        from fastattn.kernels.product import linear_fwd
+
+        return linear_fwd(call)
+
+    def linear_backward(self, call: LinearCall, douts: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+        from fastattn.kernels.product import linear_bwd
+
+        return linear_bwd(call, douts, needed)
