@@ -23,7 +23,7 @@ from fastattn.spec import linear as linear_spec
 from fastattn.spec.linear import LinearCall
 
 # Tiles of rows whose programs share tiles of columns.
-_GROUP = 8
+GROUP = 8
 
 
 class Matrix(NamedTuple):
@@ -68,18 +68,23 @@ TILES: dict[int, dict[tuple[int, int], tuple[ProductTile, ProductTile]]] = {
     0: {
         (2, 1): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 64, 32, 4, 2)),
         (2, 2): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 64, 32, 4, 2)),
+        (2, 3): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 32, 32, 4, 2)),
         (4, 1): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 64, 16, 4, 2)),
         (4, 2): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 32, 16, 4, 2)),
+        (4, 3): (ProductTile(16, 64, 32, 4, 2), ProductTile(32, 32, 16, 4, 2)),
         (8, 1): (ProductTile(16, 32, 16, 4, 1), ProductTile(32, 32, 16, 4, 1)),
         (8, 2): (ProductTile(16, 32, 16, 4, 1), ProductTile(32, 32, 16, 4, 1)),
+        (8, 3): (ProductTile(16, 32, 16, 4, 1), ProductTile(32, 16, 16, 4, 1)),
     },
     80: {
         (2, 1): (ProductTile(16, 128, 64, 4, 4), ProductTile(128, 128, 32, 8, 4)),
         (2, 2): (ProductTile(16, 128, 64, 4, 3), ProductTile(128, 64, 32, 8, 4)),
+        (2, 3): (ProductTile(16, 64, 64, 4, 3), ProductTile(64, 64, 32, 4, 4)),
     },
     90: {
         (2, 1): (ProductTile(16, 128, 128, 4, 4), ProductTile(128, 256, 64, 8, 3)),
         (2, 2): (ProductTile(16, 128, 64, 4, 4), ProductTile(128, 128, 64, 8, 3)),
+        (2, 3): (ProductTile(16, 128, 64, 4, 3), ProductTile(128, 64, 64, 8, 3)),
     },
 }
 TILES[80] = {**TILES[0], **TILES[80]}
@@ -240,7 +245,7 @@ def product_launch(
     tile = tile or product_tile(a.device, a.dtype, rows)
     more_a, more_b = more or (None, None)
     arguments = (strided(a), strided(b), strided(more_a), strided(more_b), bias, strided(out), rows, columns, depth)
-    options = {"ADD": add, "PRECISION": precision(), "GROUP": _GROUP, **tile.options}
+    options = {"ADD": add, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
     return (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
+from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
@@ -49,3 +51,25 @@ class RowOps:
         from fastattn.kernels.product import linear_bwd
 
         return linear_bwd(call, douts, needed)
+
+    def feed_forward(self, call: FeedForwardCall) -> Tensor:
+        from fastattn.kernels.feed_forward import feed_forward_fwd
+
+        return feed_forward_fwd(call)
+
+    def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        from fastattn.kernels.feed_forward import feed_forward_bwd
+
+        return feed_forward_bwd(call, dout, needed)
+
+    def linear_cross_entropy(self, call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
+        from fastattn.kernels.linear_cross_entropy import linear_cross_entropy_fwd
+
+        return linear_cross_entropy_fwd(call)
+
+    def linear_cross_entropy_backward(
+        self, call: LinearCrossEntropyCall, lse: Tensor, dloss: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        from fastattn.kernels.linear_cross_entropy import linear_cross_entropy_bwd
+
+        return linear_cross_entropy_bwd(call, lse, dloss, needed)

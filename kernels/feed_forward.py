@@ -1,0 +1,323 @@
+"""The feed-forward: its first product applies bias, activation, gate and dropout, its second the other bias.
+
+A block of tokens at a time, so that the hidden activation in between stays under ``HIDDEN_BYTES``.  The backward
+computes the hidden activation again: one kernel multiplies three or four matrices tile by tile and writes what the
+products of the gradients need.
+
+Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve Transformer", 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels import philox
+from fastattn.kernels.activation import activate, slope
+from fastattn.kernels.dropout import dropout_argument
+from fastattn.kernels.launch import cdiv, precision
+from fastattn.kernels.numbers import multiply, number
+from fastattn.kernels.product import (
+    GROUP, Matrix, ProductTile, add_bias, add_product, load, place, product, product_tile, store, strided,
+)  # fmt: skip
+from fastattn.kernels.rows import matrix
+from fastattn.kernels.sums import sum_rows
+from fastattn.kernels.tile import accumulator
+from fastattn.spec.attention import lse_dtype
+from fastattn.spec.checks import empty_contiguous
+from fastattn.spec.feed_forward import DIFFERENTIABLE, FeedForwardCall, empty_output
+
+# Of hidden activations, or of one of their gradients, at a time: large enough to fill a GPU with work.
+HIDDEN_BYTES = 1 << 26
+
+
+@triton.jit
+def _before(
+    x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile of what is activated and of the gate, [ROWS, COLUMNS] each; without a gate both are the former."""
+    dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
+    before = tl.zeros([ROWS, COLUMNS], dtype)
+    gate = tl.zeros([ROWS, COLUMNS], dtype)
+    for start in range(0, model_dim, DEPTH):
+        left = load(x, first_row, start, tokens, model_dim, ROWS, DEPTH)
+        right = load(weight, start, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+        before = multiply(left, right, before, PRECISION)
+        if weight_gate.data is not None:
+            right = load(weight_gate, start, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+            gate = multiply(left, right, gate, PRECISION)
+    before = add_bias(before, bias, first_column, ff_dim, COLUMNS)
+    return before, add_bias(gate, bias_gate, first_column, ff_dim, COLUMNS)
+
+
+@triton.jit
+def _drop(values, dropout, rescale, first_token, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns values rescaled where they survive and 0 elsewhere."""
+    if dropout.state is not None:
+        keep = philox.keep(dropout, 0 * first_column, first_token, first_column, ROWS, COLUMNS)
+        values = tl.where(keep, values * number(rescale, values.dtype)[:, None], 0.0)
+    return values
+
+
+@triton.jit
+def feed_forward_hidden(
+    x,
+    weight,
+    bias,
+    weight_gate,
+    bias_gate,
+    hidden,
+    dropout,
+    rescale: tl.float64,
+    first_token,
+    tokens,
+    ff_dim,
+    model_dim,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Writes a tile of ``dropout(activation(x @ weight + bias) * (x @ weight_gate + bias_gate))``.
+
+    Grid: all tiles.
+
+    Args:
+        x: Matrix [tokens, model_dim].
+        weight: Matrix [model_dim, ff_dim]; likewise ``weight_gate``, or one without data.
+        bias: [ff_dim], or None; likewise ``bias_gate``.
+        hidden: Matrix [tokens, ff_dim].
+        dropout: Dropout, whose rows are counted from ``first_token``.
+        rescale: of what survives it.
+    """
+    first_row, first_column = place(tokens, ff_dim, ROWS, COLUMNS, GROUP)
+    before, gate = _before(
+        x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim, PRECISION, ROWS,
+        COLUMNS, DEPTH,
+    )  # fmt: skip
+    result = activate(before, ACTIVATION)
+    if weight_gate.data is not None:
+        result *= gate
+    result = _drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    store(hidden, first_row, first_column, tokens, ff_dim, result, ROWS, COLUMNS)
+
+
+@triton.jit
+def _store_sums(sums, values, first_row, first_column, tokens, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes a tile's sums over its tokens to [tiles of tokens, columns]."""
+    row = first_row + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    total = tl.sum(tl.where((row < tokens)[:, None], values, 0.0), axis=0)
+    tl.store(sums + (first_row // ROWS).to(tl.int64) * columns + column, total, mask=column < columns)
+
+
+@triton.jit
+def feed_forward_gradients(
+    x,
+    weight,
+    bias,
+    weight_gate,
+    bias_gate,
+    dout,
+    weight_out,
+    hidden,
+    dbefore,
+    dgate,
+    bias_sums,
+    bias_gate_sums,
+    dropout,
+    rescale: tl.float64,
+    first_token,
+    tokens,
+    ff_dim,
+    model_dim,
+    out_dim,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Writes a tile of the hidden activation, and of the gradients of what is activated and of the gate.
+
+    Grid: all tiles.
+
+    Args:
+        dout: Matrix [tokens, out_dim].
+        weight_out: Matrix [out_dim, ff_dim].
+        hidden: Matrix [tokens, ff_dim]; likewise ``dbefore``, and ``dgate`` where there is a gate.
+        bias_sums: [tiles of tokens, ff_dim], the sums of ``dbefore``, or None; likewise ``bias_gate_sums``.
+
+    The others are those of :func:`feed_forward_hidden`.
+    """
+    first_row, first_column = place(tokens, ff_dim, ROWS, COLUMNS, GROUP)
+    before, gate = _before(
+        x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim, PRECISION, ROWS,
+        COLUMNS, DEPTH,
+    )  # fmt: skip
+    grad = add_product(
+        tl.zeros([ROWS, COLUMNS], before.dtype), dout, weight_out, first_row, first_column, tokens, ff_dim, out_dim,
+        PRECISION, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    grad = _drop(grad, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    result = activate(before, ACTIVATION)
+    if weight_gate.data is not None:
+        gate_grad = grad * result
+        store(dgate, first_row, first_column, tokens, ff_dim, gate_grad, ROWS, COLUMNS)
+        if bias_gate_sums is not None:
+            _store_sums(bias_gate_sums, gate_grad, first_row, first_column, tokens, ff_dim, ROWS, COLUMNS)
+        result *= gate
+        grad *= gate
+    grad *= slope(before, ACTIVATION)
+    store(dbefore, first_row, first_column, tokens, ff_dim, grad, ROWS, COLUMNS)
+    if bias_sums is not None:
+        _store_sums(bias_sums, grad, first_row, first_column, tokens, ff_dim, ROWS, COLUMNS)
+    result = _drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    store(hidden, first_row, first_column, tokens, ff_dim, result, ROWS, COLUMNS)
+
+
+def feed_forward_fwd(call: FeedForwardCall) -> Tensor:
+    """Returns the result of a canonical call."""
+    out = empty_output(call)
+    x, to = matrix(call.input, call.input.shape[-1]), out.view(call.num_tokens, -1)
+    bias = None if call.bias_out is None else call.bias_out.contiguous()
+    for rows in token_blocks(call):
+        hidden = x.new_empty(rows.stop - rows.start, call.ff_dim)
+        grid, arguments, options = hidden_launch(call, x[rows], rows.start, hidden)
+        feed_forward_hidden[grid](*arguments, **options)
+        product(hidden, call.weight_out.t(), to[rows], bias=bias)
+    return out
+
+
+def feed_forward_bwd(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed."""
+    grads = {
+        field: empty_contiguous(tensor) if need and tensor is not None else None
+        for field, tensor, need in zip(DIFFERENTIABLE, (getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
+    }
+    x, dout = matrix(call.input, call.input.shape[-1]), matrix(dout, dout.shape[-1])
+    dx = None if grads["input"] is None else grads["input"].view(x.shape)
+    blocks = list(token_blocks(call))
+    sums = {name: _Sum(grads[name], len(blocks)) for name in DIFFERENTIABLE if name != "input"}
+    gated = call.weight_gate is not None
+    tile = gradients_tile(call)
+    for rows in blocks:
+        count = rows.stop - rows.start
+        hidden, dbefore, dgate = (x.new_empty(count, call.ff_dim) if k < 2 or gated else None for k in range(3))
+        bias_sums, bias_gate_sums = (
+            x.new_empty(cdiv(count, tile.rows), call.ff_dim, dtype=lse_dtype(x.dtype)) if sums[f].wanted else None
+            for f in ("bias_in", "bias_gate")
+        )
+        grid, arguments, options = gradients_launch(
+            call, x[rows], dout[rows], rows.start, hidden, dbefore, dgate, bias_sums, bias_gate_sums
+        )
+        feed_forward_gradients[grid](*arguments, **options)
+        sums["weight_out"].add_product(dout[rows].t(), hidden)
+        sums["weight_in"].add_product(dbefore.t(), x[rows])
+        sums["bias_in"].add_rows(bias_sums)
+        sums["bias_out"].add_rows(dout[rows])
+        if dgate is not None:
+            sums["weight_gate"].add_product(dgate.t(), x[rows])
+            sums["bias_gate"].add_rows(bias_gate_sums)
+        if dx is not None:
+            more = None if dgate is None or call.weight_gate is None else (dgate, call.weight_gate)
+            product(dbefore, call.weight_in, dx[rows], more=more)
+    for total in sums.values():
+        total.finish()
+    return [grads[field] for field in DIFFERENTIABLE]
+
+
+class _Sum:
+    """A gradient that is a sum over blocks of tokens: in the accumulator's dtype where there are several."""
+
+    def __init__(self, grad: Tensor | None, blocks: int) -> None:
+        self.grad, self.wanted = grad, grad is not None
+        whole = blocks == 1 or grad is None or grad.dtype == lse_dtype(grad.dtype)
+        self.total = grad if whole or grad is None else torch.empty_like(grad, dtype=lse_dtype(grad.dtype))
+        self.begun = False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        if self.total is not None:
+            product(a, b, self.total, add=self.begun)
+            self.begun = True
+
+    def add_rows(self, rows: Tensor | None) -> None:
+        if self.total is not None and rows is not None:
+            found = sum_rows(rows, self.total.dtype)
+            self.total.copy_(self.total + found if self.begun else found)
+            self.begun = True
+
+    def finish(self) -> None:
+        if self.grad is not None and self.total is not None and self.total is not self.grad:
+            self.grad.copy_(self.total)
+
+
+def token_blocks(call: FeedForwardCall) -> Iterator[slice]:
+    """Cuts the tokens so that a block's hidden activation has at most ``HIDDEN_BYTES``; in multiples of 128."""
+    most = HIDDEN_BYTES // (call.ff_dim * call.input.element_size())
+    step = max(most // 128 * 128, 128)
+    return (slice(start, min(start + step, call.num_tokens)) for start in range(0, call.num_tokens, step))
+
+
+def hidden_launch(
+    call: FeedForwardCall, x: Tensor, first_token: int, hidden: Tensor, tile: ProductTile | None = None
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """Returns grid, arguments and options of :func:`feed_forward_hidden` for a block of tokens."""
+    gated = call.weight_gate is not None
+    tile = tile or product_tile(x.device, x.dtype, len(x), 2 if gated else 1)
+    dropout = dropout_argument(call.dropout_state, call.dropout_p)
+    arguments = (
+        *_inputs(call, x), strided(hidden), dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
+    )  # fmt: skip
+    return _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
+
+
+def gradients_tile(call: FeedForwardCall) -> ProductTile:
+    """Returns the tile of :func:`feed_forward_gradients`."""
+    return product_tile(call.input.device, call.input.dtype, call.num_tokens, 2 if call.weight_gate is None else 3)
+
+
+def gradients_launch(
+    call: FeedForwardCall,
+    x: Tensor,
+    dout: Tensor,
+    first_token: int,
+    hidden: Tensor | None,
+    dbefore: Tensor | None,
+    dgate: Tensor | None,
+    bias_sums: Tensor | None,
+    bias_gate_sums: Tensor | None,
+    tile: ProductTile | None = None,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """Returns grid, arguments and options of :func:`feed_forward_gradients` for a block of tokens."""
+    tile = tile or gradients_tile(call)
+    dropout = dropout_argument(call.dropout_state, call.dropout_p)
+    arguments = (
+        *_inputs(call, x), strided(dout), strided(call.weight_out), strided(hidden), strided(dbefore), strided(dgate),
+        bias_sums, bias_gate_sums, dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
+        dout.shape[1],
+    )  # fmt: skip
+    return _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
+
+
+def _inputs(call: FeedForwardCall, x: Tensor) -> tuple[Any, ...]:
+    gate = None if call.weight_gate is None else call.weight_gate.t()
+    bias, bias_gate = (None if b is None else b.contiguous() for b in (call.bias_in, call.bias_gate))
+    return Matrix(x, *x.stride()), strided(call.weight_in.t()), bias, strided(gate), bias_gate
+
+
+def _grid(rows: int, columns: int, tile: ProductTile) -> tuple[int]:
+    return (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),)
+
+
+def _options(call: FeedForwardCall, tile: ProductTile) -> dict[str, Any]:
+    return {"ACTIVATION": call.activation, "PRECISION": precision(), "GROUP": GROUP, **tile.options}

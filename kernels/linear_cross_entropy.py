@@ -1,0 +1,332 @@
+"""The cross entropy of a linear layer's logits, of which no more than a block of classes exists at a time.
+
+Forward, a program takes a tile of tokens over a share of the classes, with a running maximum and sum; the shares are
+joined in order.  Backward, the gradient of a block of logits is computed from lse and multiplied twice; the gradient of
+the weights is written once, that of the tokens added up over blocks in the accumulator's dtype.
+
+Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.launch import cdiv, precision
+from fastattn.kernels.numbers import number
+from fastattn.kernels.product import (
+    GROUP, ProductTile, add_bias, add_product, place, product, product_tile, store, strided,
+)  # fmt: skip
+from fastattn.kernels.rows import matrix
+from fastattn.kernels.sums import sum_rows
+from fastattn.kernels.tile import accumulator
+from fastattn.spec.attention import lse_dtype
+from fastattn.spec.checks import empty_contiguous
+from fastattn.spec.linear_cross_entropy import DIFFERENTIABLE, LinearCrossEntropyCall, empty_output
+
+# Of gradients of logits at a time.
+LOGITS_BYTES = 1 << 27
+# Programs of the forward below which a GPU is not full, and classes are shared out.
+_FEW_PROGRAMS = 264
+
+
+@triton.jit
+def _logits(
+    hidden, weight, bias, first_row, first_class, tokens, classes, depth, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile of logits [ROWS, COLUMNS], -inf beyond the last class."""
+    zero = tl.zeros([ROWS, COLUMNS], accumulator(hidden.data.dtype.element_ty))
+    found = add_product(
+        zero, hidden, weight, first_row, first_class, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
+    )
+    found = add_bias(found, bias, first_class, classes, COLUMNS)
+    column = first_class + tl.arange(0, COLUMNS)
+    return tl.where((column < classes)[None, :], found, float("-inf"))
+
+
+@triton.jit
+def cross_entropy_shares(
+    hidden,
+    weight,
+    bias,
+    target,
+    tops,
+    totals,
+    sums,
+    picked,
+    tokens,
+    classes,
+    depth,
+    share,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Writes what a share of the classes contributes to the loss of a tile of tokens.
+
+    Grid: tiles of tokens; shares.
+
+    Args:
+        hidden: Matrix [tokens, depth].
+        weight: Matrix [depth, classes].
+        bias: [classes], or None.
+        target: int64 [tokens].
+        tops: [shares, tokens], the largest logit; likewise ``totals``, sums of exponentials below it; ``sums`` of
+            logits, or None; and ``picked``, the target's logit, or 0 in a share that does not have it.
+        share: classes of a share, in multiples of COLUMNS.
+    """
+    first_row = tl.program_id(0) * ROWS
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, classes)
+    dtype: tl.constexpr = accumulator(hidden.data.dtype.element_ty)
+    row = first_row + tl.arange(0, ROWS)
+    own = tl.load(target + row, mask=row < tokens, other=-1)
+    top = tl.full([ROWS], float("-inf"), dtype)
+    total = tl.zeros([ROWS], dtype)
+    plain = tl.zeros([ROWS], dtype)
+    found = tl.zeros([ROWS], dtype)
+    for first_class in range(begin, end, COLUMNS):
+        logits = _logits(
+            hidden, weight, bias, first_row, first_class, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
+        )
+        column = first_class + tl.arange(0, COLUMNS)
+        now = tl.maximum(top, tl.max(logits, axis=1))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        top = now
+        found += tl.sum(tl.where(column[None, :] == own[:, None], logits, 0.0), axis=1)
+        if sums is not None:
+            plain += tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1)
+    at = tl.program_id(1).to(tl.int64) * tokens + row
+    tl.store(tops + at, top, mask=row < tokens)
+    tl.store(totals + at, total, mask=row < tokens)
+    tl.store(picked + at, found, mask=row < tokens)
+    if sums is not None:
+        tl.store(sums + at, plain, mask=row < tokens)
+
+
+@triton.jit
+def cross_entropy_join(
+    target,
+    tops,
+    totals,
+    sums,
+    picked,
+    loss,
+    lse,
+    tokens,
+    classes,
+    shares,
+    ignore_index,
+    smoothing: tl.float64,
+    ROWS: tl.constexpr,
+):
+    """Writes the loss and the lse of ROWS tokens, 0 where they are ignored.
+
+    Grid: tiles of tokens.  Arguments: :func:`cross_entropy_shares`'s.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < tokens
+    dtype: tl.constexpr = lse.dtype.element_ty
+    top = tl.full([ROWS], float("-inf"), dtype)
+    total = tl.zeros([ROWS], dtype)
+    plain = tl.zeros([ROWS], dtype)
+    own = tl.zeros([ROWS], dtype)
+    for share in range(shares):
+        at = row + tl.full([1], share, tl.int64) * tokens
+        share_top = tl.load(tops + at, mask=inside, other=0.0)
+        now = tl.maximum(top, share_top)
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        share_total = tl.load(totals + at, mask=inside, other=1.0)
+        total = total * tl.exp(top - shift) + share_total * tl.exp(share_top - shift)
+        top = now
+        own += tl.load(picked + at, mask=inside, other=0.0)
+        if sums is not None:
+            plain += tl.load(sums + at, mask=inside, other=0.0)
+    whole = tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
+    found = whole - own
+    if sums is not None:
+        s = number(smoothing, dtype)
+        found = (1.0 - s) * found + s * (whole - plain / number(classes, dtype))
+    counted = tl.load(target + row, mask=inside, other=0) != ignore_index
+    tl.store(loss + row, tl.where(counted, found, 0.0), mask=inside)
+    tl.store(lse + row, tl.where(counted, whole, 0.0), mask=inside)
+
+
+@triton.jit
+def cross_entropy_gradients(
+    hidden,
+    weight,
+    bias,
+    target,
+    lse,
+    scale,
+    dlogits,
+    bias_sums,
+    tokens,
+    first_class,
+    classes,
+    depth,
+    ignore_index,
+    smoothing: tl.float64,
+    less: tl.float64,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Writes a tile of ``(exp(logits - lse) - less - (1 - smoothing) * (class is target)) * scale``.
+
+    Grid: all tiles.
+
+    Args:
+        weight: Matrix [depth, classes] of a block of ``classes``, of which the first is number ``first_class``.
+        lse: [tokens]; likewise ``scale``, the gradients of single losses.
+        dlogits: Matrix [tokens, classes].
+        bias_sums: [tiles of tokens, classes], sums of ``dlogits`` before they are rounded, or None.
+        less: ``smoothing`` over the number of all classes.
+
+    The others are those of :func:`cross_entropy_shares`.
+    """
+    first_row, first_column = place(tokens, classes, ROWS, COLUMNS, GROUP)
+    logits = _logits(
+        hidden, weight, bias, first_row, first_column, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
+    )
+    row = first_row + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    own = tl.load(target + row, mask=row < tokens, other=ignore_index)
+    grad = tl.exp(logits - tl.load(lse + row, mask=row < tokens, other=0.0)[:, None])
+    grad -= number(less, grad.dtype)[:, None]
+    picked = (column + tl.full([1], first_class, tl.int64))[None, :] == own[:, None]
+    grad = tl.where(picked, grad - (1.0 - number(smoothing, grad.dtype))[:, None], grad)
+    grad *= tl.load(scale + row, mask=row < tokens, other=0.0)[:, None]
+    # What is ignored may be NaN.
+    grad = tl.where((own != ignore_index)[:, None] & (column < classes)[None, :], grad, 0.0)
+    if bias_sums is not None:
+        to = bias_sums + (first_row // ROWS).to(tl.int64) * classes + column
+        tl.store(to, tl.sum(grad, axis=0), mask=column < classes)
+    store(dlogits, first_row, first_column, tokens, classes, grad, ROWS, COLUMNS)
+
+
+def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(loss, lse)`` of a canonical call."""
+    loss, lse = empty_output(call)
+    tokens = call.num_tokens
+    each = torch.empty_like(lse)
+    if tokens:
+        hidden, target = matrix(call.hidden, call.hidden.shape[-1]), call.target.reshape(-1).contiguous()
+        grid, arguments, options = shares_launch(call, hidden, target)
+        cross_entropy_shares[grid](*arguments, **options)
+        statistics = arguments[4:8]
+        cross_entropy_join[(cdiv(tokens, 128),)](
+            target, *statistics, each, lse, tokens, call.vocab_size, grid[1], call.ignore_index, call.label_smoothing,
+            ROWS=128,
+        )  # fmt: skip
+    if call.reduction == "none":
+        return each, lse
+    total = sum_rows(each.view(-1, 1), each.dtype)[0] if tokens else each.sum()
+    return loss.copy_(total / counted(call) if call.reduction == "mean" else total), lse
+
+
+def linear_cross_entropy_bwd(
+    call: LinearCrossEntropyCall, lse: Tensor, dloss: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Returns the gradients of ``DIFFERENTIABLE`` that are needed."""
+    tensors = (getattr(call, field) for field in DIFFERENTIABLE)
+    dhidden, dweight, dbias = grads = [
+        empty_contiguous(t) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)
+    ]
+    tokens, wide = call.num_tokens, lse_dtype(call.hidden.dtype)
+    if tokens == 0:
+        return [None if g is None else g.zero_() for g in grads]
+    target = call.target.reshape(-1).contiguous()
+    ignored = (target == call.ignore_index)[:, None]
+    # What is ignored does not exist: NaN there would reach weight's gradient as 0 * NaN.
+    hidden = matrix(call.hidden, call.hidden.shape[-1]).masked_fill(ignored, 0.0)
+    scale = dloss.to(wide).expand(call.target.shape).reshape(-1)
+    scale = (scale / counted(call) if call.reduction == "mean" else scale).contiguous()
+    blocks = list(class_blocks(call))
+    total = None
+    if dhidden is not None:
+        total = dhidden.view(hidden.shape) if len(blocks) == 1 else torch.empty_like(hidden, dtype=wide)
+    tile = product_tile(hidden.device, hidden.dtype, tokens)
+    for classes in blocks:
+        weight = call.weight[classes]
+        dlogits = hidden.new_empty(tokens, len(weight))
+        sums = None if dbias is None else hidden.new_empty(cdiv(tokens, tile.rows), len(weight), dtype=wide)
+        grid, arguments, options = gradients_launch(
+            call, hidden, target, lse.reshape(-1).contiguous(), scale, classes, dlogits, sums
+        )
+        cross_entropy_gradients[grid](*arguments, **options)
+        if total is not None:
+            product(dlogits, weight, total, add=classes.start > 0)
+        if dweight is not None:
+            product(dlogits.t(), hidden, dweight[classes])
+        if dbias is not None and sums is not None:
+            dbias[classes] = sum_rows(sums, dbias.dtype)
+    if dhidden is not None and total is not None and len(blocks) > 1:
+        dhidden.view(hidden.shape).copy_(total)
+    return grads
+
+
+def counted(call: LinearCrossEntropyCall) -> Tensor:
+    """Returns how many tokens count, at least 1: a tensor, lest somebody waits for the GPU."""
+    return (call.target != call.ignore_index).sum().clamp(min=1)
+
+
+def class_blocks(call: LinearCrossEntropyCall) -> Iterator[slice]:
+    """Cuts the classes so that a block of logits has at most ``LOGITS_BYTES``; in multiples of 256."""
+    most = LOGITS_BYTES // (call.num_tokens * call.hidden.element_size())
+    step = max(most // 256 * 256, 256)
+    return (slice(start, min(start + step, call.vocab_size)) for start in range(0, call.vocab_size, step))
+
+
+def shares_launch(
+    call: LinearCrossEntropyCall, hidden: Tensor, target: Tensor, tile: ProductTile | None = None
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """Returns grid, arguments and options of :func:`cross_entropy_shares`."""
+    tokens, classes = len(hidden), call.vocab_size
+    tile = tile or product_tile(hidden.device, hidden.dtype, tokens)
+    programs = cdiv(tokens, tile.rows)
+    share = cdiv(cdiv(classes, max(1, _FEW_PROGRAMS // programs)), tile.columns) * tile.columns
+    shares = cdiv(classes, share)
+    made = [hidden.new_empty(shares, tokens, dtype=lse_dtype(hidden.dtype)) for _ in range(4)]
+    tops, totals, sums, picked = made
+    bias = None if call.bias is None else call.bias.contiguous()
+    arguments = (
+        strided(hidden), strided(call.weight.t()), bias, target, tops, totals,
+        sums if call.label_smoothing > 0.0 else None, picked, tokens, classes, hidden.shape[1], share,
+    )  # fmt: skip
+    return (programs, shares), arguments, {"PRECISION": precision(), **tile.options}
+
+
+def gradients_launch(
+    call: LinearCrossEntropyCall,
+    hidden: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    classes: slice,
+    dlogits: Tensor,
+    bias_sums: Tensor | None,
+    tile: ProductTile | None = None,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """Returns grid, arguments and options of :func:`cross_entropy_gradients` for a block of classes."""
+    tokens, count = dlogits.shape
+    tile = tile or product_tile(hidden.device, hidden.dtype, tokens)
+    bias = None if call.bias is None else call.bias[classes].contiguous()
+    arguments = (
+        strided(hidden), strided(call.weight[classes].t()), bias, target, lse, scale, strided(dlogits), bias_sums,
+        tokens, classes.start, count, hidden.shape[1], call.ignore_index, call.label_smoothing,
+        call.label_smoothing / call.vocab_size,
+    )  # fmt: skip
+    options = {"PRECISION": precision(), "GROUP": GROUP, **tile.options}
+    return (cdiv(tokens, tile.rows) * cdiv(count, tile.columns),), arguments, options
