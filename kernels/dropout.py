@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.kernels import philox
 from fastattn.kernels.arguments import Dropout
+from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import number
 from fastattn.kernels.rows import power_of_two, warps
 from fastattn.kernels.tile import accumulator
@@ -45,8 +46,7 @@ def _dropout_kernel(x, out, dropout, rows, columns, rescale: tl.float64, ROWS: t
 def dropout_fwd(call: DropoutCall) -> Tensor:
     """Returns the result of a canonical call, contiguous."""
     out = torch.empty_like(call.input, memory_format=torch.contiguous_format)
-    grid, arguments, options = _launch(call, out)
-    _dropout_kernel[grid](*arguments, **options)
+    run(*_launch(call, out))
     return out
 
 
@@ -55,7 +55,7 @@ def dropout_argument(state: Tensor | None, dropout_p: float) -> Dropout:
     return Dropout(state, int(dropout_p * 2.0**32), 1.0 / (1.0 - dropout_p))
 
 
-def _launch(call: DropoutCall, out: Tensor) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+def _launch(call: DropoutCall, out: Tensor) -> Launch:
     columns = call.input.shape[-1]
     rows = call.input.numel() // columns
     tile_columns = max(4, min(power_of_two(columns), 1024))
@@ -63,4 +63,14 @@ def _launch(call: DropoutCall, out: Tensor) -> tuple[tuple[int], tuple[Any, ...]
     grid = (-(-rows // tile_rows) * -(-columns // tile_columns),)
     dropout = dropout_argument(call.dropout_state, call.dropout_p)
     arguments = (call.input.contiguous(), out, dropout, rows, columns, dropout.rescale)
-    return grid, arguments, {"ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": warps(tile_rows * tile_columns)}
+    options = {"ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": warps(tile_rows * tile_columns)}
+    return _dropout_kernel, grid, arguments, options
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernel for every size of element."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.empty(8192, 1024, dtype=dtype, device="meta")
+        call = DropoutCall(x, torch.empty(2, dtype=torch.int64, device="meta"), 0.1, "triton")
+        kernel, _, arguments, options = _launch(call, x)
+        yield Configuration(f"dropout {dtype}".replace("torch.", ""), kernel, arguments, options)

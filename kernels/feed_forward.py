@@ -1,14 +1,15 @@
 """The feed-forward: its first product applies bias, activation, gate and dropout, its second the other bias.
 
 A block of tokens at a time, so that the hidden activation in between stays under ``HIDDEN_BYTES``.  The backward
-computes the hidden activation again: one kernel multiplies three or four matrices tile by tile and writes what the
-products of the gradients need.
+computes the hidden activation again: one kernel does two or three products tile by tile and writes what the gradients'
+products need.
 
 Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve Transformer", 2020.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,11 +21,22 @@ from torch import Tensor
 from fastattn.kernels import philox
 from fastattn.kernels.activation import activate, slope
 from fastattn.kernels.dropout import dropout_argument
-from fastattn.kernels.launch import cdiv, precision
-from fastattn.kernels.numbers import multiply, number
+from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision
+from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
-    GROUP, Matrix, ProductTile, add_bias, add_product, load, place, product, product_tile, store, strided,
-)  # fmt: skip
+    GROUP,
+    ProductTile,
+    add_bias,
+    add_product,
+    configuration_tiles,
+    load,
+    place,
+    product,
+    product_tiles,
+    start,
+    store,
+    strided,
+)
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -45,13 +57,13 @@ def _before(
     dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
     before = tl.zeros([ROWS, COLUMNS], dtype)
     gate = tl.zeros([ROWS, COLUMNS], dtype)
-    for start in range(0, model_dim, DEPTH):
-        left = load(x, first_row, start, tokens, model_dim, ROWS, DEPTH)
-        right = load(weight, start, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
-        before = multiply(left, right, before, PRECISION)
+    for begin in range(0, model_dim, DEPTH):
+        left = load(x, first_row, begin, tokens, model_dim, ROWS, DEPTH)
+        right = load(weight, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+        before = tl.dot(left, right, before, input_precision=PRECISION, out_dtype=before.dtype)
         if weight_gate.data is not None:
-            right = load(weight_gate, start, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
-            gate = multiply(left, right, gate, PRECISION)
+            right = load(weight_gate, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+            gate = tl.dot(left, right, gate, input_precision=PRECISION, out_dtype=gate.dtype)
     before = add_bias(before, bias, first_column, ff_dim, COLUMNS)
     return before, add_bias(gate, bias_gate, first_column, ff_dim, COLUMNS)
 
@@ -191,10 +203,7 @@ def feed_forward_fwd(call: FeedForwardCall) -> Tensor:
     x, to = matrix(call.input, call.input.shape[-1]), out.view(call.num_tokens, -1)
     bias = None if call.bias_out is None else call.bias_out.contiguous()
     for rows in token_blocks(call):
-        hidden = x.new_empty(rows.stop - rows.start, call.ff_dim)
-        grid, arguments, options = hidden_launch(call, x[rows], rows.start, hidden)
-        feed_forward_hidden[grid](*arguments, **options)
-        product(hidden, call.weight_out.t(), to[rows], bias=bias)
+        product(_hidden(call, x[rows], rows.start), call.weight_out.t(), to[rows], bias=bias)
     return out
 
 
@@ -208,32 +217,31 @@ def feed_forward_bwd(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]
     dx = None if grads["input"] is None else grads["input"].view(x.shape)
     blocks = list(token_blocks(call))
     sums = {name: _Sum(grads[name], len(blocks)) for name in DIFFERENTIABLE if name != "input"}
-    gated = call.weight_gate is not None
-    tile = gradients_tile(call)
     for rows in blocks:
-        count = rows.stop - rows.start
-        hidden, dbefore, dgate = (x.new_empty(count, call.ff_dim) if k < 2 or gated else None for k in range(3))
-        bias_sums, bias_gate_sums = (
-            x.new_empty(cdiv(count, tile.rows), call.ff_dim, dtype=lse_dtype(x.dtype)) if sums[f].wanted else None
-            for f in ("bias_in", "bias_gate")
+        hidden, dbefore, dgate, bias_sums, bias_gate_sums = _hidden_gradients(
+            call, x[rows], dout[rows], rows.start, sums["bias_in"].wanted, sums["bias_gate"].wanted
         )
-        grid, arguments, options = gradients_launch(
-            call, x[rows], dout[rows], rows.start, hidden, dbefore, dgate, bias_sums, bias_gate_sums
-        )
-        feed_forward_gradients[grid](*arguments, **options)
         sums["weight_out"].add_product(dout[rows].t(), hidden)
         sums["weight_in"].add_product(dbefore.t(), x[rows])
         sums["bias_in"].add_rows(bias_sums)
         sums["bias_out"].add_rows(dout[rows])
-        if dgate is not None:
+        more = None
+        if dgate is not None and call.weight_gate is not None:
             sums["weight_gate"].add_product(dgate.t(), x[rows])
             sums["bias_gate"].add_rows(bias_gate_sums)
+            more = dgate, call.weight_gate
         if dx is not None:
-            more = None if dgate is None or call.weight_gate is None else (dgate, call.weight_gate)
             product(dbefore, call.weight_in, dx[rows], more=more)
     for total in sums.values():
         total.finish()
     return [grads[field] for field in DIFFERENTIABLE]
+
+
+def token_blocks(call: FeedForwardCall) -> Iterator[slice]:
+    """Cuts the tokens so that a block's hidden activation has at most ``HIDDEN_BYTES``; in multiples of 128."""
+    most = HIDDEN_BYTES // (call.ff_dim * call.input.element_size())
+    step = max(most // 128 * 128, 128)
+    return (slice(start, min(start + step, call.num_tokens)) for start in range(0, call.num_tokens, step))
 
 
 class _Sum:
@@ -261,58 +269,65 @@ class _Sum:
             self.grad.copy_(self.total)
 
 
-def token_blocks(call: FeedForwardCall) -> Iterator[slice]:
-    """Cuts the tokens so that a block's hidden activation has at most ``HIDDEN_BYTES``; in multiples of 128."""
-    most = HIDDEN_BYTES // (call.ff_dim * call.input.element_size())
-    step = max(most // 128 * 128, 128)
-    return (slice(start, min(start + step, call.num_tokens)) for start in range(0, call.num_tokens, step))
+def _hidden(call: FeedForwardCall, x: Tensor, first_token: int) -> Tensor:
+    """Returns the hidden activation of a block of tokens."""
+    hidden = x.new_empty(len(x), call.ff_dim)
+    tiles = product_tiles(x.device, x.dtype, len(x), 2)
+    launch("feed_forward", tiles, lambda tile: start(_hidden_launch(tile, call, x, first_token, hidden)))
+    return hidden
 
 
-def hidden_launch(
-    call: FeedForwardCall, x: Tensor, first_token: int, hidden: Tensor, tile: ProductTile | None = None
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`feed_forward_hidden` for a block of tokens."""
-    gated = call.weight_gate is not None
-    tile = tile or product_tile(x.device, x.dtype, len(x), 2 if gated else 1)
+def _hidden_gradients(
+    call: FeedForwardCall, x: Tensor, dout: Tensor, first_token: int, *wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the hidden activation of a block of tokens, the gradients of what is activated and of the gate, and sums
+    of these two over tiles of tokens where they are wanted."""
+    hidden, dbefore = x.new_empty(len(x), call.ff_dim), x.new_empty(len(x), call.ff_dim)
+    dgate = None if call.weight_gate is None else x.new_empty(len(x), call.ff_dim)
+    sums: list[Tensor | None] = []
+
+    def begin(tile: ProductTile) -> None:
+        shape = cdiv(len(x), tile.rows), call.ff_dim
+        sums[:] = [x.new_empty(shape, dtype=lse_dtype(x.dtype)) if want else None for want in wanted]
+        start(_gradients_launch(tile, call, x, dout, first_token, hidden, dbefore, dgate, *sums))
+
+    launch("feed_forward_backward", product_tiles(x.device, x.dtype, len(x), 3), begin)
+    return hidden, dbefore, dgate, sums[0], sums[1]
+
+
+def _hidden_launch(tile: ProductTile, call: FeedForwardCall, x: Tensor, first_token: int, hidden: Tensor) -> Launch:
     dropout = dropout_argument(call.dropout_state, call.dropout_p)
     arguments = (
         *_inputs(call, x), strided(hidden), dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
     )  # fmt: skip
-    return _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
+    return feed_forward_hidden, _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
 
 
-def gradients_tile(call: FeedForwardCall) -> ProductTile:
-    """Returns the tile of :func:`feed_forward_gradients`."""
-    return product_tile(call.input.device, call.input.dtype, call.num_tokens, 2 if call.weight_gate is None else 3)
-
-
-def gradients_launch(
+def _gradients_launch(
+    tile: ProductTile,
     call: FeedForwardCall,
     x: Tensor,
     dout: Tensor,
     first_token: int,
-    hidden: Tensor | None,
-    dbefore: Tensor | None,
+    hidden: Tensor,
+    dbefore: Tensor,
     dgate: Tensor | None,
     bias_sums: Tensor | None,
     bias_gate_sums: Tensor | None,
-    tile: ProductTile | None = None,
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`feed_forward_gradients` for a block of tokens."""
-    tile = tile or gradients_tile(call)
+) -> Launch:
     dropout = dropout_argument(call.dropout_state, call.dropout_p)
     arguments = (
         *_inputs(call, x), strided(dout), strided(call.weight_out), strided(hidden), strided(dbefore), strided(dgate),
         bias_sums, bias_gate_sums, dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
         dout.shape[1],
     )  # fmt: skip
-    return _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
+    return feed_forward_gradients, _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
 
 
 def _inputs(call: FeedForwardCall, x: Tensor) -> tuple[Any, ...]:
     gate = None if call.weight_gate is None else call.weight_gate.t()
     bias, bias_gate = (None if b is None else b.contiguous() for b in (call.bias_in, call.bias_gate))
-    return Matrix(x, *x.stride()), strided(call.weight_in.t()), bias, strided(gate), bias_gate
+    return strided(x), strided(call.weight_in.t()), bias, strided(gate), bias_gate
 
 
 def _grid(rows: int, columns: int, tile: ProductTile) -> tuple[int]:
@@ -321,3 +336,27 @@ def _grid(rows: int, columns: int, tile: ProductTile) -> tuple[int]:
 
 def _options(call: FeedForwardCall, tile: ProductTile) -> dict[str, Any]:
     return {"ACTIVATION": call.activation, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernels with every tile of the table: "gelu" with dropout, and "silu" gated."""
+    for dtype, gated in itertools.product((torch.bfloat16, torch.float32, torch.float64), (False, True)):
+        x = torch.empty(4096, 1024, dtype=dtype, device="meta")
+        hidden = torch.empty(4096, 4096, dtype=dtype, device="meta")
+        weight, bias = hidden[:, :1024].contiguous(), hidden[0]
+        state = None if gated else torch.empty(2, dtype=torch.int64, device="meta")
+        gate, gate_bias = (weight, bias) if gated else (None, None)
+        activation, dropout_p = ("silu", 0.0) if gated else ("gelu", 0.1)
+        call = FeedForwardCall(
+            x, weight, bias, gate, gate_bias, weight.t(), None, state, activation, dropout_p, "triton"
+        )
+        name = f"{dtype} {call.activation}".replace("torch.", "") + (" gated" if gated else " dropout")
+        for tile in configuration_tiles(architecture, dtype, 2):
+            kernel, _, arguments, options = _hidden_launch(tile, call, x, 0, hidden)
+            yield Configuration(f"feed-forward hidden {name}", kernel, arguments, options)
+        for tile in configuration_tiles(architecture, dtype, 3):
+            sums = x.new_empty(cdiv(4096, tile.rows), 4096, dtype=lse_dtype(dtype))
+            kernel, _, arguments, options = _gradients_launch(
+                tile, call, x, x, 0, hidden, hidden, hidden if gated else None, sums, sums if gated else None
+            )
+            yield Configuration(f"feed-forward gradients {name}", kernel, arguments, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -43,10 +43,15 @@ class Configuration(NamedTuple):
     options: dict[str, Any]
 
 
-_fitting: dict[tuple[str, tuple[Tile, ...]], int] = {}
+# A kernel, its grid, its arguments and its options.
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+AnyTile = TypeVar("AnyTile", bound=tuple[int, ...])
+
+_fitting: dict[tuple[str, tuple[tuple[int, ...], ...]], int] = {}
 
 
-def launch(op: str, tiles: Sequence[Tile], start: Callable[[Tile], Any]) -> None:
+def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -> None:
     """Calls ``start`` with the first tile for which the GPU has the shared memory.
 
     Args:
@@ -66,6 +71,12 @@ def launch(op: str, tiles: Sequence[Tile], start: Callable[[Tile], Any]) -> None
         except OutOfResources:
             _fitting[key] = at + 1
     raise UnsupportedError(op, {"triton": [f"this GPU has too little shared memory for the smallest tile {tiles[-1]}"]})
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launches a kernel that fits every GPU; in the interpreter, so that it computes what a GPU computes."""
+    with as_on_a_gpu() if is_interpreting() else nullcontext():
+        kernel[grid](*arguments, **options)
 
 
 @cache

@@ -10,18 +10,27 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.launch import cdiv, precision
+from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, run
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
-    GROUP, ProductTile, add_bias, add_product, place, product, product_tile, store, strided,
-)  # fmt: skip
+    GROUP,
+    ProductTile,
+    add_bias,
+    add_product,
+    configuration_tiles,
+    place,
+    product,
+    product_tiles,
+    start,
+    store,
+    strided,
+)
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -223,13 +232,16 @@ def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tens
     each = torch.empty_like(lse)
     if tokens:
         hidden, target = matrix(call.hidden, call.hidden.shape[-1]), call.target.reshape(-1).contiguous()
-        grid, arguments, options = shares_launch(call, hidden, target)
-        cross_entropy_shares[grid](*arguments, **options)
-        statistics = arguments[4:8]
-        cross_entropy_join[(cdiv(tokens, 128),)](
-            target, *statistics, each, lse, tokens, call.vocab_size, grid[1], call.ignore_index, call.label_smoothing,
-            ROWS=128,
-        )  # fmt: skip
+        statistics: list[Tensor | None] = []
+
+        def begin(tile: ProductTile) -> None:
+            shares = _shares(tile, tokens, call.vocab_size)[1]
+            made = [torch.empty(shares, tokens, dtype=lse.dtype, device=lse.device) for _ in range(4)]
+            statistics[:] = [*made[:2], made[2] if call.label_smoothing > 0.0 else None, made[3]]
+            start(_shares_launch(tile, call, hidden, target, statistics))
+
+        launch("linear_cross_entropy", product_tiles(hidden.device, hidden.dtype, tokens, 2), begin)
+        run(*_join_launch(call, target, statistics, each, lse))
     if call.reduction == "none":
         return each, lse
     total = sum_rows(each.view(-1, 1), each.dtype)[0] if tokens else each.sum()
@@ -257,15 +269,10 @@ def linear_cross_entropy_bwd(
     total = None
     if dhidden is not None:
         total = dhidden.view(hidden.shape) if len(blocks) == 1 else torch.empty_like(hidden, dtype=wide)
-    tile = product_tile(hidden.device, hidden.dtype, tokens)
+    lse = lse.reshape(-1).contiguous()
     for classes in blocks:
         weight = call.weight[classes]
-        dlogits = hidden.new_empty(tokens, len(weight))
-        sums = None if dbias is None else hidden.new_empty(cdiv(tokens, tile.rows), len(weight), dtype=wide)
-        grid, arguments, options = gradients_launch(
-            call, hidden, target, lse.reshape(-1).contiguous(), scale, classes, dlogits, sums
-        )
-        cross_entropy_gradients[grid](*arguments, **options)
+        dlogits, sums = _dlogits(call, hidden, target, lse, scale, classes, dbias is not None)
         if total is not None:
             product(dlogits, weight, total, add=classes.start > 0)
         if dweight is not None:
@@ -289,26 +296,66 @@ def class_blocks(call: LinearCrossEntropyCall) -> Iterator[slice]:
     return (slice(start, min(start + step, call.vocab_size)) for start in range(0, call.vocab_size, step))
 
 
-def shares_launch(
-    call: LinearCrossEntropyCall, hidden: Tensor, target: Tensor, tile: ProductTile | None = None
-) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`cross_entropy_shares`."""
+def _shares(tile: ProductTile, tokens: int, classes: int) -> tuple[int, int]:
+    """Returns the classes of a share, in whole tiles, and how many shares there are."""
+    shares = max(1, _FEW_PROGRAMS // cdiv(tokens, tile.rows))
+    share = cdiv(cdiv(classes, shares), tile.columns) * tile.columns
+    return share, cdiv(classes, share)
+
+
+def _shares_launch(
+    tile: ProductTile,
+    call: LinearCrossEntropyCall,
+    hidden: Tensor,
+    target: Tensor,
+    statistics: Sequence[Tensor | None],
+) -> Launch:
     tokens, classes = len(hidden), call.vocab_size
-    tile = tile or product_tile(hidden.device, hidden.dtype, tokens)
-    programs = cdiv(tokens, tile.rows)
-    share = cdiv(cdiv(classes, max(1, _FEW_PROGRAMS // programs)), tile.columns) * tile.columns
-    shares = cdiv(classes, share)
-    made = [hidden.new_empty(shares, tokens, dtype=lse_dtype(hidden.dtype)) for _ in range(4)]
-    tops, totals, sums, picked = made
+    share, shares = _shares(tile, tokens, classes)
     bias = None if call.bias is None else call.bias.contiguous()
     arguments = (
-        strided(hidden), strided(call.weight.t()), bias, target, tops, totals,
-        sums if call.label_smoothing > 0.0 else None, picked, tokens, classes, hidden.shape[1], share,
+        strided(hidden), strided(call.weight.t()), bias, target, *statistics, tokens, classes, hidden.shape[1], share,
     )  # fmt: skip
-    return (programs, shares), arguments, {"PRECISION": precision(), **tile.options}
+    grid = cdiv(tokens, tile.rows), shares
+    return cross_entropy_shares, grid, arguments, {"PRECISION": precision(), **tile.options}
 
 
-def gradients_launch(
+def _join_launch(
+    call: LinearCrossEntropyCall, target: Tensor, statistics: Sequence[Tensor | None], loss: Tensor, lse: Tensor
+) -> Launch:
+    tokens, tops = len(target), statistics[0]
+    assert tops is not None
+    arguments = (
+        target, *statistics, loss, lse, tokens, call.vocab_size, len(tops), call.ignore_index, call.label_smoothing,
+    )  # fmt: skip
+    return cross_entropy_join, (cdiv(tokens, 128),), arguments, {"ROWS": 128, "num_warps": 4}
+
+
+def _dlogits(
+    call: LinearCrossEntropyCall,
+    hidden: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    classes: slice,
+    summed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradient of a block of logits, and where ``summed`` its sums over tiles of tokens."""
+    tokens, count = len(hidden), classes.stop - classes.start
+    dlogits = hidden.new_empty(tokens, count)
+    sums: list[Tensor | None] = [None]
+
+    def begin(tile: ProductTile) -> None:
+        if summed:
+            sums[0] = hidden.new_empty(cdiv(tokens, tile.rows), count, dtype=lse.dtype)
+        start(_gradients_launch(tile, call, hidden, target, lse, scale, classes, dlogits, sums[0]))
+
+    launch("linear_cross_entropy_backward", product_tiles(hidden.device, hidden.dtype, tokens), begin)
+    return dlogits, sums[0]
+
+
+def _gradients_launch(
+    tile: ProductTile,
     call: LinearCrossEntropyCall,
     hidden: Tensor,
     target: Tensor,
@@ -317,11 +364,8 @@ def gradients_launch(
     classes: slice,
     dlogits: Tensor,
     bias_sums: Tensor | None,
-    tile: ProductTile | None = None,
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`cross_entropy_gradients` for a block of classes."""
+) -> Launch:
     tokens, count = dlogits.shape
-    tile = tile or product_tile(hidden.device, hidden.dtype, tokens)
     bias = None if call.bias is None else call.bias[classes].contiguous()
     arguments = (
         strided(hidden), strided(call.weight[classes].t()), bias, target, lse, scale, strided(dlogits), bias_sums,
@@ -329,4 +373,29 @@ def gradients_launch(
         call.label_smoothing / call.vocab_size,
     )  # fmt: skip
     options = {"PRECISION": precision(), "GROUP": GROUP, **tile.options}
-    return (cdiv(tokens, tile.rows) * cdiv(count, tile.columns),), arguments, options
+    grid = (cdiv(tokens, tile.rows) * cdiv(count, tile.columns),)
+    return cross_entropy_gradients, grid, arguments, options
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernels with every tile of the table, with bias and smoothing."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        hidden = torch.empty(4096, 1024, dtype=dtype, device="meta")
+        weight = torch.empty(8192, 1024, dtype=dtype, device="meta")
+        target = torch.empty(4096, dtype=torch.int64, device="meta")
+        lse = torch.empty(4096, dtype=lse_dtype(dtype), device="meta")
+        call = LinearCrossEntropyCall(hidden, weight, target, weight[:, 0].contiguous(), -100, 0.1, "mean", "triton")
+        dlogits = torch.empty(4096, 8192, dtype=dtype, device="meta")
+        name = f"{dtype}".removeprefix("torch.")
+        for tile in configuration_tiles(architecture, dtype, 2):
+            statistics = [lse.new_empty(4, 4096)] * 4
+            kernel, _, arguments, options = _shares_launch(tile, call, hidden, target, statistics)
+            yield Configuration(f"cross entropy forward {name}", kernel, arguments, options)
+        for tile in configuration_tiles(architecture, dtype, 1):
+            sums = lse.new_empty(cdiv(4096, tile.rows), 8192)
+            kernel, _, arguments, options = _gradients_launch(
+                tile, call, hidden, target, lse, lse, slice(0, 8192), dlogits, sums
+            )
+            yield Configuration(f"cross entropy gradients {name}", kernel, arguments, options)
+        kernel, _, arguments, options = _join_launch(call, target, statistics, lse, lse)
+        yield Configuration(f"cross entropy join {name}", kernel, arguments, options)

@@ -10,13 +10,14 @@ Source: Ba, Kiros and Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import inverse, number, root
 from fastattn.kernels.rows import LONGEST, matrix, power_of_two, row_tile, warps
 from fastattn.kernels.sums import MOST_BLOCKS, sum_rows
@@ -121,7 +122,7 @@ def norm_forward(
     tl.store(rstd + row, factor, mask=row < rows)
     if LONG:
         chunks = tl.cdiv(columns, COLUMNS)
-        for back in range(0, chunks):
+        for back in range(chunks):
             # From the end, which was read last and is still in the cache.
             at = (chunks - 1 - back) * COLUMNS + column
             inside = (row < rows)[:, None] & (at < columns)[None, :]
@@ -264,7 +265,7 @@ def norm_backward_long(
         middle += tl.sum(weighted, axis=1)
     all_columns = number(columns, dtype)
     chunks = tl.cdiv(columns, COLUMNS)
-    for back in range(0, chunks):
+    for back in range(chunks):
         at = (chunks - 1 - back) * COLUMNS + column
         inside = (at < columns)[None, :]
         normed, _ = _normalised(x, x_stride, mean, rstd, row, rows, at, inside, dtype)
@@ -319,15 +320,11 @@ def norm_backward_parameters(
 def norm_fwd(call: NormCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns ``(out, total, mean, rstd)`` of a canonical call."""
     outputs = empty_outputs(call)
-    grid, arguments, options = forward_launch(call, *outputs)
-    norm_forward[grid](*arguments, **options)
+    run(*forward_launch(call, *outputs))
     return outputs
 
 
-def forward_launch(
-    call: NormCall, out: Tensor, total: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`norm_forward`."""
+def forward_launch(call: NormCall, out: Tensor, total: Tensor, mean: Tensor, rstd: Tensor) -> Launch:
     columns = call.columns
     x = matrix(call.input, columns)
     residual = None if call.residual is None else matrix(call.residual, columns)
@@ -344,7 +341,7 @@ def forward_launch(
         "LONG": tile_columns < columns,
         "num_warps": warps(tile_rows * tile_columns),
     }
-    return (-(-len(x) // tile_rows),), arguments, options
+    return norm_forward, (-(-len(x) // tile_rows),), arguments, options
 
 
 def norm_bwd(call: NormBackwardCall) -> list[Tensor | None]:
@@ -357,8 +354,8 @@ def norm_bwd(call: NormBackwardCall) -> list[Tensor | None]:
     columns = call.input.numel() // call.rstd.numel()
     blocks = min(MOST_BLOCKS, call.rstd.numel())
     partial = [None if g is None else call.input.new_empty(blocks, columns, dtype=wide) for g in grads[1:]]
-    for kernel, grid, arguments, options in backward_launches(call, grads[0], *partial):
-        kernel[grid](*arguments, **options)
+    for launch in backward_launches(call, grads[0], *partial):
+        run(*launch)
     for at, sums in enumerate(partial, 1):
         grad = grads[at]
         if grad is not None and sums is not None:
@@ -368,8 +365,8 @@ def norm_bwd(call: NormBackwardCall) -> list[Tensor | None]:
 
 def backward_launches(
     call: NormBackwardCall, dinput: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
-) -> list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:
-    """Returns kernels with their grid, arguments and options; ``dweight`` and ``dbias`` are [blocks, columns]."""
+) -> list[Launch]:
+    """Returns what writes the gradients; those of the parameters as ``dweight`` and ``dbias`` [blocks, columns]."""
     size = lse_dtype(call.input.dtype).itemsize
     columns = call.input.numel() // call.rstd.numel()
     x, dout = matrix(call.input, columns), matrix(call.dout, columns)
@@ -385,14 +382,35 @@ def backward_launches(
         arguments = (x, weight, mean, rstd, dout, dtotal, dinput, dweight, dbias, *strides, rows, columns, share)
         options = {"RMS": call.rms, "ROWS": tile_rows, "COLUMNS": tile_columns}
         return [(norm_backward, (blocks,), arguments, {**options, "num_warps": warps(2 * tile_rows * tile_columns)})]
-    launches: list[Any] = []
+    launches: list[Launch] = []
     if dinput is not None:
         tile_columns = LONGEST[size] // 8
-        arguments = (x, weight, mean, rstd, dout, dtotal, dinput, *strides, rows, columns)
+        long = (x, weight, mean, rstd, dout, dtotal, dinput, *strides, rows, columns)
         options = {"RMS": call.rms, "COLUMNS": tile_columns, "num_warps": warps(2 * tile_columns)}
-        launches.append((norm_backward_long, (rows,), arguments, options))
+        launches.append((norm_backward_long, (rows,), long, options))
     if dweight is not None or dbias is not None:
-        arguments = (x, mean, rstd, dout, dweight, dbias, *strides[:2], rows, columns, share)
-        options = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
-        launches.append((norm_backward_parameters, (-(-columns // 256), blocks), arguments, options))
+        parameters = (x, mean, rstd, dout, dweight, dbias, *strides[:2], rows, columns, share)
+        tile = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
+        launches.append((norm_backward_parameters, (-(-columns // 256), blocks), parameters, tile))
     return launches
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernels for rows of every length, with residual, weight and bias."""
+    for dtype, shape in (
+        (torch.bfloat16, (8192, 1024)),
+        (torch.bfloat16, (8192, 4096)),
+        (torch.float32, (8192, 8192)),
+        (torch.bfloat16, (512, 1 << 18)),
+        (torch.float64, (8192, 1024)),
+    ):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        name = f"{dtype} {list(shape)}".replace("torch.", "")
+        forward = NormCall(x, x, x[0], x[0], 1, 1e-5, False, "triton")
+        out, total, mean, rstd = empty_outputs(forward)
+        kernel, _, arguments, options = forward_launch(forward, out, total, mean, rstd)
+        yield Configuration(f"norm forward {name}", kernel, arguments, options)
+        backward = NormBackwardCall(x, x[0], x[0], mean, rstd, x, x, 1, 1e-5, False, [True] * 3, "triton")
+        partial = rstd.new_empty(MOST_BLOCKS, shape[1])
+        for kernel, _, arguments, options in backward_launches(backward, x, partial, partial):
+            yield Configuration(f"norm backward {name}", kernel, arguments, options)

@@ -1,21 +1,9 @@
-"""Numbers inside kernels: products, scalars in the accumulator's dtype, division and root rounded once."""
+"""Numbers inside kernels: scalars in the accumulator's dtype, division and root rounded once."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
-    """Returns ``total + a @ b``."""
-    if INTERPRETED:
-        # Triton's interpreter would multiply the bits of a bfloat16.
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit

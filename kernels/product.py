@@ -6,7 +6,7 @@ stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.launch import architecture, cdiv, precision
-from fastattn.kernels.numbers import multiply
+from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -63,7 +62,8 @@ class ProductTile(NamedTuple):
         return dict(zip(names, self, strict=True))
 
 
-# By architecture (0 for others, and the interpreter), bytes an element and products at a time; few rows and many.
+# By architecture (0 for others, and the interpreter), bytes of an element, and numbers that a program holds for an
+# element of its tile (1 for a plain product); for few rows, and for many.
 TILES: dict[int, dict[tuple[int, int], tuple[ProductTile, ProductTile]]] = {
     0: {
         (2, 1): (ProductTile(16, 64, 32, 4, 2), ProductTile(64, 64, 32, 4, 2)),
@@ -92,18 +92,25 @@ TILES[90] = {**TILES[0], **TILES[90]}
 TILES[100] = TILES[90]
 
 
-def product_tile(device: torch.device, dtype: torch.dtype, rows: int, products: int = 1) -> ProductTile:
-    """Returns the tile for a product of ``rows`` rows.
+def product_tiles(
+    device: torch.device, dtype: torch.dtype, rows: int, numbers: int = 1
+) -> tuple[ProductTile, ProductTile]:
+    """Returns the tile for a product of ``rows`` rows, and one that fits every GPU.
 
     Args:
         device: that multiplies.
         dtype: of the matrices.
         rows: of the result.
-        products: that a program computes at a time.
+        numbers: that a program holds for an element of its tile.
     """
     known = TILES[max(a for a in TILES if a <= architecture(device))]
-    few, many = known[dtype.itemsize, products]
-    return few if rows <= few.rows else many
+    few, many = known[dtype.itemsize, numbers]
+    return few if rows <= few.rows else many, TILES[0][dtype.itemsize, numbers][0]
+
+
+def configuration_tiles(architecture: int, dtype: torch.dtype, numbers: int) -> tuple[ProductTile, ...]:
+    """Returns the tiles of the table for an architecture."""
+    return TILES[architecture][dtype.itemsize, numbers]
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def add_product(
     for start in range(0, depth, DEPTH):
         left = load(a, first_row, start, rows, depth, ROWS, DEPTH)
         right = load(b, start, first_column, depth, columns, DEPTH, COLUMNS)
-        total = multiply(left, right, total, PRECISION)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
 
@@ -189,9 +196,7 @@ def product_kernel(
     first_row, first_column = place(rows, columns, ROWS, COLUMNS, GROUP)
     dtype: tl.constexpr = accumulator(a.data.dtype.element_ty)
     total = tl.zeros([ROWS, COLUMNS], dtype)
-    total = add_product(
-        total, a, b, first_row, first_column, rows, columns, depth, PRECISION, ROWS, COLUMNS, DEPTH
-    )
+    total = add_product(total, a, b, first_row, first_column, rows, columns, depth, PRECISION, ROWS, COLUMNS, DEPTH)
     if more_a.data is not None:
         total = add_product(
             total, more_a, more_b, first_row, first_column, rows, columns, depth, PRECISION, ROWS, COLUMNS, DEPTH
@@ -226,11 +231,12 @@ def product(
         more: matrices with the shapes of a and b.
         add: whether to add to what ``out`` holds.
     """
-    grid, arguments, options = product_launch(a, b, out, bias=bias, more=more, add=add)
-    product_kernel[grid](*arguments, **options)
+    tiles = product_tiles(a.device, a.dtype, len(out))
+    launch("product", tiles, lambda tile: start(product_launch(tile, a, b, out, bias=bias, more=more, add=add)))
 
 
 def product_launch(
+    tile: ProductTile,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -238,15 +244,19 @@ def product_launch(
     bias: Tensor | None = None,
     more: tuple[Tensor, Tensor] | None = None,
     add: bool = False,
-    tile: ProductTile | None = None,
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options of :func:`product_kernel`; ``tile`` by default the table's."""
+) -> Launch:
+    """Returns what :func:`product` launches."""
     (rows, columns), depth = out.shape, a.shape[1]
-    tile = tile or product_tile(a.device, a.dtype, rows)
     more_a, more_b = more or (None, None)
     arguments = (strided(a), strided(b), strided(more_a), strided(more_b), bias, strided(out), rows, columns, depth)
     options = {"ADD": add, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
-    return (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
+    return product_kernel, (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
+
+
+def start(launch: Launch) -> None:
+    """Launches a kernel, inside of ``launch.launch``."""
+    kernel, grid, arguments, options = launch
+    kernel[grid](*arguments, **options)
 
 
 def linear_fwd(call: LinearCall) -> list[Tensor]:
@@ -276,3 +286,13 @@ def linear_bwd(call: LinearCall, douts: Sequence[Tensor], needed: Sequence[bool]
     if need_bias and call.bias is not None:
         dbias = torch.cat([sum_rows(dout, call.bias.dtype) for dout in rows])
     return [dinput, dweight, dbias]
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernel with every tile of the table, for a linear layer and for the gradient of its weights."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.empty(4096, 4096, dtype=dtype, device="meta")
+        for tile in configuration_tiles(architecture, dtype, 1):
+            for name, a, b, bias in (("forward", x, x.t(), x[0]), ("weights' gradient", x.t(), x, None)):
+                kernel, _, arguments, options = product_launch(tile, a, b, x, bias=bias)
+                yield Configuration(f"linear {name} {dtype}".replace("torch.", ""), kernel, arguments, options)

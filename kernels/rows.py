@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastattn.kernels.arguments import View
 
-# Most elements of a row that a program holds, by bytes of an accumulator: 32 words a thread of one tensor leave room for
-# addresses and results; of two tensors they do not (the compiler spills).
+# Most elements of a row that a program holds, by bytes of an accumulator: 32 words a thread, of one tensor, leave room
+# for addresses and results; of two tensors they do not, and the compiler spills.
 LONGEST = {4: 32768, 8: 16384}
 # Elements of a tile of short rows; enough for 16-byte loads of 128 threads.
 _TILE = 2048
@@ -67,7 +67,8 @@ def row_views(dim: int, *tensors: Tensor | None) -> tuple[list[View], tuple[int,
             views.append(View(None, 0, 0, 0, 0))
         else:
             data = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            views.append(View(data, *[0] * padding, *steps, tensor.stride(-1)))
+            batch, head, row = [0] * padding + steps
+            views.append(View(data, batch, head, row, tensor.stride(-1)))
     columns = next(t for t in whole if t is not None).shape[-1]
     batch, heads, rows = [1] * padding + sizes
     return views, (batch, heads, rows, columns)

@@ -9,8 +9,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -18,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.arguments import View
+from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import inverse, number
 from fastattn.kernels.rows import row_tile, row_views, warps
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.attention import lse_dtype
-from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
+from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall, softmax_call
 
 # Programs below which a GPU is not full, and long rows are shared among several.
 _FEW_PROGRAMS = 256
@@ -30,7 +30,7 @@ _FEW_PROGRAMS = 256
 
 @triton.jit
 def _place(heads, rows, ROWS: tl.constexpr):
-    """Returns batch, head and row numbers int64 [ROWS] of a program; the grid is all tiles of rows, one after another."""
+    """Returns a program's batch, head and rows, int64 [ROWS]; the grid is all tiles of rows, one after another."""
     tiles = tl.cdiv(rows, ROWS)
     plane = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * ROWS
@@ -198,10 +198,7 @@ def _gradients(out, dout, mask, batch, head, row, column, rows, columns, DTYPE: 
 @triton.jit
 def _finish_gradient(result, grad, seen, total, scale, HAS_MASK: tl.constexpr, LOG: tl.constexpr):
     """Returns the gradient of the input."""
-    if LOG:
-        found = grad - tl.exp(result) * total[:, None]
-    else:
-        found = result * (grad - total[:, None])
+    found = grad - tl.exp(result) * total[:, None] if LOG else result * (grad - total[:, None])
     if HAS_MASK:
         found = tl.where(seen, found, 0.0)
     return found * number(scale, found.dtype)[:, None]
@@ -280,8 +277,8 @@ def softmax_fwd(call: SoftmaxCall) -> Tensor:
     """Returns the (log-)softmax of a canonical call, contiguous."""
     out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
     views, sizes = row_views(call.dim, call.input, out, call.mask)
-    for kernel, grid, arguments, options in _launches(call, views, sizes, out.dtype, backward=False):
-        kernel[grid](*arguments, **options)
+    for launch in launches(call, views, sizes, out.dtype, backward=False):
+        run(*launch)
     return out
 
 
@@ -289,15 +286,12 @@ def softmax_bwd(call: SoftmaxBackwardCall) -> Tensor:
     """Returns the gradient of the input, contiguous."""
     dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)
     views, sizes = row_views(call.dim, call.out, call.dout, dinput, call.mask)
-    for kernel, grid, arguments, options in _launches(call, views, sizes, call.out.dtype, backward=True):
-        kernel[grid](*arguments, **options)
+    for launch in launches(call, views, sizes, call.out.dtype, backward=True):
+        run(*launch)
     return dinput
 
 
-Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
-
-
-def _launches(
+def launches(
     call: SoftmaxCall | SoftmaxBackwardCall,
     views: Sequence[View],
     sizes: tuple[int, int, int, int],
@@ -335,3 +329,24 @@ def _launches(
         )
         for count, write in ([(True, True)] if splits == 1 else [(True, False), (False, True)])
     ]
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernels for rows of every length, in shares too, and for a dimension that is not the last."""
+    for dtype, shape, dim in (
+        (torch.bfloat16, (8192, 1024), 1),
+        (torch.float32, (8192, 32768), 1),
+        (torch.bfloat16, (1024, 1 << 18), 1),
+        (torch.bfloat16, (4, 1 << 18), 1),
+        (torch.bfloat16, (64, 512, 512), 1),
+        (torch.float64, (8192, 1024), 1),
+    ):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        mask = torch.empty(shape, dtype=torch.bool, device="meta") if dtype != torch.bfloat16 else None
+        forward = softmax_call(x, dim, mask=mask, scale=1.0, dtype=None, log=mask is not None, backend="triton")
+        backward = SoftmaxBackwardCall(x, x, mask, dim, 1.0, dtype, forward.log, "triton")
+        name = f"{dtype} {list(shape)}" + ("" if mask is None else ", masked, log")
+        for call, tensors, way in ((forward, (x, x), "forward"), (backward, (x, x, x), "backward")):
+            views, sizes = row_views(dim, *tensors, mask)
+            for kernel, _, arguments, options in launches(call, views, sizes, dtype, backward=way == "backward"):
+                yield Configuration(f"softmax {way} {name}".replace("torch.", ""), kernel, arguments, options)

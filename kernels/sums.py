@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.rows import power_of_two
 from fastattn.kernels.tile import accumulator
+from fastattn.spec.attention import lse_dtype
 
 # Most blocks of rows, each of which has partial sums: enough to fill a GPU together with the tiles of columns.
 MOST_BLOCKS = 256
@@ -42,10 +44,9 @@ def sum_rows_kernel(x, out, rows, columns, stride, share, ROWS: tl.constexpr, CO
 
 def sum_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the sum over rows of ``matrix`` [rows, columns], whose columns are adjacent: [columns] in ``dtype``."""
-    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     blocks = min(MOST_BLOCKS, -(-len(matrix) // (4 * _ROWS)))
     if blocks > 1:
-        partial = matrix.new_empty(blocks, matrix.shape[1], dtype=wide)
+        partial = matrix.new_empty(blocks, matrix.shape[1], dtype=lse_dtype(matrix.dtype))
         _launch(matrix, partial)
         matrix = partial
     out = matrix.new_empty(1, matrix.shape[1], dtype=dtype)
@@ -56,14 +57,22 @@ def sum_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch(matrix: Tensor, out: Tensor) -> None:
     if matrix.shape[1] == 0:
         return
-    grid, arguments, options = arguments_of(matrix, out)
-    sum_rows_kernel[grid](*arguments, **options)
+    run(*_sums(matrix, out))
 
 
-def arguments_of(matrix: Tensor, out: Tensor) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """Returns grid, arguments and options that write sums of equal shares of the rows to ``out`` [blocks, columns]."""
+def _sums(matrix: Tensor, out: Tensor) -> Launch:
+    """Returns what writes the sums of equal shares of the rows to ``out`` [blocks, columns]."""
     rows, columns = matrix.shape
     share = -(-rows // len(out))
     tile = min(_COLUMNS, power_of_two(columns))
     arguments = (matrix, out, rows, columns, matrix.stride(0), share)
-    return (-(-columns // tile), len(out)), arguments, {"ROWS": _ROWS, "COLUMNS": tile, "num_warps": 4}
+    options = {"ROWS": _ROWS, "COLUMNS": tile, "num_warps": 4}
+    return sum_rows_kernel, (-(-columns // tile), len(out)), arguments, options
+
+
+def configurations(architecture: int) -> Iterator[Configuration]:
+    """Yields the kernel for every size of element."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.empty(8192, 1024, dtype=dtype, device="meta")
+        kernel, _, arguments, options = _sums(x, x.new_empty(256, 1024, dtype=lse_dtype(dtype)))
+        yield Configuration(f"sum over rows {dtype}".replace("torch.", ""), kernel, arguments, options)
