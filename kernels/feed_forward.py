@@ -1,10 +1,11 @@
 """The feed-forward: its first product applies bias, activation, gate and dropout, its second the other bias.
 
 A block of tokens at a time, so that the hidden activation in between stays under ``HIDDEN_BYTES``.  The backward
-computes the hidden activation again: one kernel does two or three products tile by tile and writes what the gradients'
-products need.
+computes the hidden activation again: one kernel does two or three products tile by tile and writes what the products
+of the gradients need.
 
-Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve Transformer", 2020.
+Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve Transformer",
+2020.
 """
 
 from __future__ import annotations

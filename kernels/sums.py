@@ -33,13 +33,15 @@ def sum_rows_kernel(x, out, rows, columns, stride, share, ROWS: tl.constexpr, CO
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     begin = tl.program_id(1).to(tl.int64) * share
     end = tl.minimum(begin + share, rows)
-    total = tl.zeros([ROWS, COLUMNS], accumulator(x.dtype.element_ty))
+    # The sum of a gradient over tokens is often far smaller than what it is made of.
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for start in range(begin, end, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < end)[:, None] & (column < columns)[None, :]
         total += tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(total.dtype)
     to = out + tl.program_id(1).to(tl.int64) * columns + column
-    tl.store(to, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < columns)
+    found = tl.sum(total, axis=0).to(accumulator(x.dtype.element_ty))
+    tl.store(to, found.to(out.dtype.element_ty), mask=column < columns)
 
 
 def sum_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,13 +22,26 @@ except ImportError:
 ISAS = [] if _cpu is None else _cpu.available_isas()
 
 
-@pytest.fixture(params=["reference", *ISAS])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn; "cpu" once for each instruction set that this machine has."""
-    if request.param == "reference":
-        yield "reference"
+    if request.param not in ISAS:
+        yield request.param
         return
     before = _cpu.isa()
     _cpu.set_isa(request.param)
     yield "cpu"
     _cpu.set_isa(before)
+
+
+backend = pytest.fixture(params=["reference", *ISAS])(each_backend)
+# For the tests of ops that are there in Triton too.
+backend_or_triton = pytest.fixture(name="backend", params=["reference", *ISAS, *TRITON])(each_backend)
+
+
+@pytest.fixture(autouse=True)
+def leave_out_in_triton(request: pytest.FixtureRequest) -> None:
+    """Skips a test on Triton where its module's ``slow_in_triton(test, params)`` says so."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    slow = getattr(request.module, "slow_in_triton", None)
+    if slow is not None and params.get("backend") == "triton" and slow(request.node.originalname, params):
+        pytest.skip("the interpreter is slow: a few cases stand for the others")

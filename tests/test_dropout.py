@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conftest import backend_or_triton
 
 import fastattn
 from fastattn.ops import dropout as op
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.dropout import dropout_call
 
+backend = backend_or_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

