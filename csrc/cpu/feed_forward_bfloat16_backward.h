@@ -40,7 +40,8 @@ class BackwardBFloat16 {
     };
     // Groups in pairs of panels: a word of dropout bits is of 64 units.
     const int64_t pairs = ceil_div(p_.ff_dim, kPair), one = bytes(1), more = bytes(2) - one;
-    const Parts groups = share_out(pairs, kGroupBytes / more, 1);
+    const int64_t room = max(min(kGroupBytes, kMostBytes - (one - more)), kGroupBytes / 2);
+    const Parts groups = share_out(pairs, room / more, 1);
     Carver shared(scratch(Scratch::kShared, static_cast<size_t>(bytes(ceil_div(pairs, groups.parts)))));
     carve(shared);
     for (int64_t group = 0; group < groups.parts; ++group) {
@@ -62,9 +63,10 @@ class BackwardBFloat16 {
   }
 
  private:
-  static constexpr int64_t kPair = 2 * kStep;                 // hidden units
-  static constexpr int64_t kStretch = 2048;                   // most tokens at a time
-  static constexpr int64_t kGroupBytes = int64_t{20} << 20;   // of what a group of hidden units leaves between stages
+  static constexpr int64_t kPair = 2 * kStep;                // hidden units
+  static constexpr int64_t kStretch = 2048;                  // most tokens at a time
+  static constexpr int64_t kGroupBytes = int64_t{20} << 20;  // of what a group of hidden units leaves between stages
+  static constexpr int64_t kMostBytes = int64_t{62} << 20;  // of all working memory where it can be: scratch() keeps it
   static constexpr int64_t kJoinedBytes = int64_t{24} << 20;  // of dB and dG of all hidden units
 
   // Hidden units of dx's depth, their first step in it and that of their gates.
@@ -223,7 +225,7 @@ class BackwardBFloat16 {
     void operator()(int64_t task_panel, int64_t task_block, const float* square, int slice) const {
       const int64_t panel = task.panel + task_panel, block = task.block + task_block, column = panel * kStep;
       FloatVec h[2][2], db[2][2], dg[2][2];  // [line][half]
-      const FloatVec zero = FloatVec::zero();
+      const FloatVec zero = FloatVec::zero(), rescale = FloatVec::set1(static_cast<float>(of.p_.dropout.rescale));
 #pragma GCC unroll 2
       for (int line = 0; line < 2; ++line) {
         const int64_t row = 2 * slice + line;
@@ -232,28 +234,14 @@ class BackwardBFloat16 {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const int64_t at = row * kStep + half * 16, in_block = task_block * kSquare + at;
-          FloatVec slope;
-          const FloatVec y = activate_bfloat16<A>(load(square + at) + load(of.bias_in_ + column + half * 16), &slope);
-          FloatVec hidden = y, d = of.wants_dhidden_ ? load(dhidden + in_block) : zero, gate;
-          if constexpr (kGated) {
-            gate = load(gate_sums + in_block) + load(of.bias_gate_ + column + half * 16);
-            hidden = y * gate;
-          }
-          if constexpr (kDrops) {
-            const FloatVec rescale = FloatVec::set1(static_cast<float>(of.p_.dropout.rescale));
-            const auto mask = mask_from_bits<float>(kept >> (half * 16));
-            hidden = select(mask, hidden * rescale, zero);
-            d = select(mask, d * rescale, zero);
-          }
-          h[line][half] = hidden;
-          if constexpr (kGated) {
-            dg[line][half] = d * y;
-            d = d * gate;
-          }
-          d = d * slope;
-          // A gradient of NaN does not pass where relu is flat.
-          if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
-          db[line][half] = d;
+          FloatVec gate = zero;
+          if constexpr (kGated) gate = load(gate_sums + in_block) + load(of.bias_gate_ + column + half * 16);
+          const HiddenGradients found = differentiate_hidden<A, BFloat16Math>(
+              load(square + at) + load(of.bias_in_ + column + half * 16),
+              of.wants_dhidden_ ? load(dhidden + in_block) : zero, kGated, gate, kDrops, kept >> (half * 16), rescale);
+          h[line][half] = found.hidden;
+          db[line][half] = found.dbefore;
+          if constexpr (kGated) dg[line][half] = found.dgate;
         }
       }
       if (of.args_.dweight_out.data != nullptr) keep_right(of.hidden_, panel, block, slice, h);

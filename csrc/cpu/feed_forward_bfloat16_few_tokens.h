@@ -131,7 +131,8 @@ class FewTokensBFloat16 {
       for (int64_t half = 0; half < round_up(p_.tokens, 16); half += 16) {
         FloatVec even = zero;
         for (int64_t i = 0; i < kStep; ++i) {
-          FloatVec y = activate_bfloat16<A>(load(square + i * kStep + half) + broadcast_bfloat16(p_.bias_in, unit + i));
+          FloatVec y =
+              activate<A, BFloat16Math>(load(square + i * kStep + half) + broadcast_bfloat16(p_.bias_in, unit + i));
           if (gated) y = y * (load(gates + i * kStep + half) + broadcast_bfloat16(p_.bias_gate, unit + i));
           if (p_.dropout.threshold != 0) {
             if (i % 4 == 0) {

@@ -231,36 +231,23 @@ class FewTokensBackwardBFloat16 {
     float *const before = task.before.at(block), *const gate_sum = task.gate.at(block),
                  *const dhidden = task.dhidden.at(block);
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
-    uint64_t keep[4];
+    const bool drops = p_.dropout.threshold != 0;
+    uint64_t keep[4] = {};
     for (int64_t r = 0; r < kStep; ++r) {
-      if (p_.dropout.threshold != 0 && r % 4 == 0) {
+      if (drops && r % 4 == 0) {
         dropout_keep_bits_of_rows(p_.dropout, 0, 0, static_cast<uint64_t>(unit + r), kStep, keep);
       }
       const FloatVec bias = broadcast_bfloat16(p_.bias_in, unit + r),
                      gate_bias = broadcast_bfloat16(p_.bias_gate, unit + r);
       for (int64_t t = 0; t < kStep; t += 16) {
         const int64_t i = r * kStep + t;
-        FloatVec slope, gate;
-        const FloatVec y = activate_bfloat16<A>(load(before + i) + bias, &slope);
-        FloatVec hidden = y, d = load(dhidden + i);
-        if constexpr (kGated) {
-          gate = load(gate_sum + i) + gate_bias;
-          hidden = y * gate;
-        }
-        if (p_.dropout.threshold != 0) {
-          const auto kept = mask_from_bits<float>(keep[r % 4] >> t);
-          hidden = select(kept, hidden * rescale, zero);
-          d = select(kept, d * rescale, zero);
-        }
-        store(before + i, hidden);
-        if constexpr (kGated) {
-          store(gate_sum + i, d * y);
-          d = d * gate;
-        }
-        d = d * slope;
-        // A gradient of NaN does not pass where relu is flat.
-        if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
-        store(dhidden + i, d);
+        FloatVec gate = zero;
+        if constexpr (kGated) gate = load(gate_sum + i) + gate_bias;
+        const HiddenGradients found = differentiate_hidden<A, BFloat16Math>(
+            load(before + i) + bias, load(dhidden + i), kGated, gate, drops, keep[r % 4] >> t, rescale);
+        store(before + i, found.hidden);
+        store(dhidden + i, found.dbefore);
+        if constexpr (kGated) store(gate_sum + i, found.dgate);
       }
     }
   }

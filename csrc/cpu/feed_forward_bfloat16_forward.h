@@ -177,7 +177,7 @@ class ForwardBFloat16 {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const int64_t at = row * kStep + half * 16;
-          y[half] = activate_bfloat16<A>(load(square + at) + load(bias_in + column + half * 16));
+          y[half] = activate<A, BFloat16Math>(load(square + at) + load(bias_in + column + half * 16));
           if constexpr (kGated) {
             y[half] = y[half] * (load(gate_sums + block * kSquare + at) + load(bias_gate + column + half * 16));
           }

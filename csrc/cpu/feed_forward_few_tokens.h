@@ -194,35 +194,22 @@ class FewTokensGradients {
   template <Activation A>
   void apply(const Task& task, int64_t f, int64_t units) const {
     const FloatVec rescale = FloatVec::set1(static_cast<float>(p_.dropout.rescale)), zero = FloatVec::zero();
-    uint64_t keep[4];
+    const bool drops = p_.dropout.threshold != 0;
+    uint64_t keep[4] = {};
     for (int64_t i = 0; i < units; ++i) {
-      if (p_.dropout.threshold != 0 && i % 4 == 0) {
+      if (drops && i % 4 == 0) {
         dropout_keep_bits_of_rows(p_.dropout, 0, 0, static_cast<uint64_t>(f + i), kLanes, keep);
       }
       const FloatVec bias = broadcast<T>(p_.bias_in, f + i), gate_bias = broadcast<T>(p_.bias_gate, f + i);
       for (int64_t t = 0; t < p_.tokens; t += FloatVec::kWidth) {
         const int64_t index = i * kLanes + t;
-        FloatVec slope, gate;
-        const FloatVec y = activate<A>(load(task.before + index) + bias, &slope);
-        FloatVec hidden = y, d = wants_dhidden_ ? load(task.dhidden + index) : zero;
-        if (gated_) {
-          gate = load(task.gate_sum + index) + gate_bias;
-          hidden = y * gate;
-        }
-        if (p_.dropout.threshold != 0) {
-          const auto kept = mask_from_bits<float>(keep[i % 4] >> t);
-          hidden = select(kept, hidden * rescale, zero);
-          d = select(kept, d * rescale, zero);
-        }
-        store(task.before + index, hidden);
-        if (gated_) {
-          store(task.gate_sum + index, d * y);
-          d = d * gate;
-        }
-        d = d * slope;
-        // A gradient of NaN does not pass where relu is flat.
-        if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
-        store(task.dhidden + index, d);
+        const FloatVec gate = gated_ ? load(task.gate_sum + index) + gate_bias : zero;
+        const HiddenGradients found = differentiate_hidden<A>(load(task.before + index) + bias,
+                                                              wants_dhidden_ ? load(task.dhidden + index) : zero,
+                                                              gated_, gate, drops, keep[i % 4] >> t, rescale);
+        store(task.before + index, found.hidden);
+        store(task.dhidden + index, found.dbefore);
+        if (gated_) store(task.gate_sum + index, found.dgate);
       }
     }
   }

@@ -284,29 +284,17 @@ class FeedForwardGradients {
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t index = t * task.group + i;
         float *before = task.before.data + index, *dhidden = task.dhidden.data + index;
-        FloatVec slope, gate;
-        const FloatVec y = activate<A>(load(before) + bias, &slope);
-        FloatVec hidden = y, d = wants_dhidden_ ? load(dhidden) : zero;
+        FloatVec gate = zero;
+        if constexpr (kGated) gate = load(task.gate_sum.data + index) + gate_bias;
+        const HiddenGradients found =
+            differentiate_hidden<A>(load(before) + bias, wants_dhidden_ ? load(dhidden) : zero, kGated, gate, drops,
+                                    drops ? task.keep[t] >> (i % 64) : 0, rescale);
+        store(before, found.hidden);
+        store(dhidden, found.dbefore);
         if constexpr (kGated) {
-          gate = load(task.gate_sum.data + index) + gate_bias;
-          hidden = y * gate;
-        }
-        if (drops) {
-          const auto kept = mask_from_bits<float>(task.keep[t] >> (i % 64));
-          hidden = select(kept, hidden * rescale, zero);
-          d = select(kept, d * rescale, zero);
-        }
-        store(before, hidden);
-        if constexpr (kGated) {
-          const FloatVec dgate = d * y;
-          store(task.gate_sum.data + index, dgate);
+          store(task.gate_sum.data + index, found.dgate);
           dbias_gate.add(task.gate_sum.data + index);
-          d = d * gate;
         }
-        d = d * slope;
-        // A gradient of NaN does not pass where relu is flat.
-        if constexpr (A == Activation::kRelu) d = select(eq(slope, zero), zero, d);
-        store(dhidden, d);
         dbias.add(dhidden);
       }
       dbias.store_to(task.dbias_in + i);
