@@ -9,7 +9,7 @@ from conftest import backend_or_triton
 from exactness import assert_as_exact_as_eager
 
 import fastattn
-from fastattn.backends.extension import kernels, load
+from fastattn.backends.extension import kernels, load, plain
 from fastattn.backends.products import fuses_on_tiles, multiplies_on_tiles, product
 from fastattn.ops import linear as op
 from fastattn.spec.linear import linear_call
@@ -242,3 +242,85 @@ def test_hooks_autocast_and_forward_mode_reach_pytorchs_product():
     module.out_proj.register_forward_hook(lambda *_: called.append(True))
     module(x[None], x[None], x[None])
     assert called
+
+
+needs_extension = pytest.mark.skipif(load()[0] is None, reason="the C++ extension is not built")
+FEW = [((1, 1), 512, 130), ((2, 3), 300, 257), ((32,), 2048, 40), ((5, 1, 3), 512, 128)]
+
+
+@needs_extension
+@pytest.mark.parametrize("few_isa", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_few_rows_are_as_exact_as_eager(few_isa, shape, bias):
+    lead, in_dim, out_dim = shape
+    lead = lead if len(lead) > 1 else (lead[0], 1)
+    extension = kernels()
+    if few_isa not in extension.available_isas():
+        pytest.skip(f"{few_isa} cannot run here")
+    before = extension.isa()
+    extension.set_isa(few_isa)
+    try:
+        given = tensors(lead, in_dim, out_dim, torch.float32, bias=bias)
+        wide = {name: t.double() for name, t in given.items()}
+        found = plain.linear(given["input"], given["weight"], given.get("bias"))
+        assert_as_exact_as_eager({"out": found}, {"out": F.linear(**wide)}, {"out": F.linear(**given)})
+        assert found.shape == (*lead, out_dim)
+        for row in range(min(len(found), 3)):  # each row's bits are its own
+            assert torch.equal(
+                plain.linear(given["input"][row : row + 1], *list(given.values())[1:], *() if bias else (None,)),
+                found[row : row + 1],
+            )
+    finally:
+        extension.set_isa(before)
+
+
+@needs_extension
+def test_a_few_rows_of_weights_with_gaps_and_any_number_of_threads():
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 2, 500, generator=draw), torch.randn(300, 600, generator=draw)[:, 7:507]
+    expected = plain.linear(x, weight.contiguous(), None)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(plain.linear(x, weight, None), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_a_few_rows_go_there_without_gradients_alone():
+    x, weight = torch.randn(2, 512), torch.randn(256, 512, requires_grad=True)
+    seen = []
+    original = plain.linear
+    plain.linear = lambda *args: seen.append(original(*args)) or seen[-1]
+    try:
+        assert op.linear(x, weight, None)[0].grad_fn is not None
+        with torch.no_grad():
+            parts = op.linear(x, weight, None, 2)
+    finally:
+        plain.linear = original
+    assert seen[0] is None
+    assert torch.equal(torch.cat(parts, dim=-1), seen[1])
+
+
+X, W = torch.ones(2, 512), torch.ones(256, 512)
+NOT_FEW = {
+    "many rows": lambda: plain.linear(torch.ones(33, 512), W, None),
+    "few weights": lambda: plain.linear(X, W[:64], None),
+    "sizes": lambda: plain.linear(X[:, :500], W, None),
+    "bias": lambda: plain.linear(X, W, torch.ones(255)),
+    "dtypes": lambda: plain.linear(X, W.double(), None),
+    "half": lambda: plain.linear(X.half(), W.half(), None),
+    "strides": lambda: plain.linear(torch.ones(512, 2).t(), W, None),
+    "weight's strides": lambda: plain.linear(X, torch.ones(512, 256).t(), None),
+    "expanded weight": lambda: plain.linear(X, W[:1].expand(256, -1), None),
+    "one dimension": lambda: plain.linear(X[0], W, None),
+    "no tensor": lambda: plain.linear(X, None, None),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FEW)
+def test_what_is_no_linear_layer_of_few_rows_is_declined(case):
+    assert NOT_FEW[case]() is None

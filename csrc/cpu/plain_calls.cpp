@@ -16,6 +16,7 @@
 
 #include "attention_forward.h"
 #include "isa.h"
+#include "linear_few_rows.h"
 #include "lines.h"
 #include "plain_call.h"
 #include "softmax.h"
@@ -153,6 +154,10 @@ bool read_feed_forward(Reader& read, TensorInfo* input, FeedForwardProblem* prob
 
 namespace {
 
+// Rows of a linear layer up to which reading its weights once is what it costs, and the fewest weights for which that
+// is more than a call.
+constexpr int64_t kMostRows = 32, kLeastWeights = 1 << 16;
+
 // Whether the op would meet nobody: `_registry._is_plain_eager` and `_dispatch.needs_reference_derivatives`.
 bool is_plain_eager() {
   if (is_true(python.dispatch_modes) || is_true(python.function_modes) || is_true(python.autocast) ||
@@ -266,6 +271,41 @@ bool feed_forward(Reader& read, py::object* result) {
   return true;
 }
 
+// linear(input, weight, bias) -> out, of a few rows and without a gradient; bias may be None. Where PyTorch is as fast
+// it is declined.
+bool linear(Reader& read, py::object* result) {
+  TensorInfo input, weight, bias;
+  LinearFewRowsArgs args;
+  if (!read.tensor(0, &input) || !read.tensor(1, &weight)) return false;
+  const bool fits = input.dims >= 2 && weight.dims == 2 && input.dtype == DType::kFloat32 &&
+                    weight.dtype == input.dtype && is_contiguous(input) && is_small(input) &&
+                    weight.size[1] == input.size[input.dims - 1] && weight.stride[1] == 1 && weight.size[0] > 0 &&
+                    weight.stride[0] >= weight.size[1];
+  if (!fits) return false;
+  args.depth = weight.size[1];
+  args.columns = weight.size[0];
+  args.rows = count(input) / args.depth;
+  if (args.rows > kMostRows || args.columns * args.depth < kLeastWeights) return false;
+  if (!read.is_none(2)) {
+    const bool bias_fits = read.tensor(2, &bias) && bias.dims == 1 && bias.size[0] == args.columns &&
+                           bias.dtype == input.dtype && is_contiguous(bias);
+    if (!bias_fits) return false;
+    args.bias = bias.data;
+  }
+  if (read.wants_gradient()) return false;
+  args.input = input.data;
+  args.weight = weight.data;
+  args.weight_stride = weight.stride[0];
+  const int64_t* size = input.size;
+  *result = input.dims == 2   ? empty({size[0], args.columns}, input.dtype)
+            : input.dims == 3 ? empty({size[0], size[1], args.columns}, input.dtype)
+                              : empty({size[0], size[1], size[2], args.columns}, input.dtype);
+  args.out = read_pointer<void>(*result);
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(linear_few_rows, args);
+  return true;
+}
+
 // What Python calls: `Serve` with its kCount positional arguments.
 template <bool (*Serve)(Reader&, py::object*), int kCount>
 PyObject* plain_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -306,6 +346,7 @@ void fastattn::register_plain_calls(py::module_& m) {
       plain_method<plain::norm_backward, 10>("plain_norm_backward"),
       plain_method<plain::feed_forward, 9>("plain_feed_forward"),
       plain_method<plain::feed_forward_backward, 11>("plain_feed_forward_backward"),
+      plain_method<plain::linear, 3>("plain_linear"),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

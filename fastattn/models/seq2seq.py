@@ -16,6 +16,7 @@ from fastattn.models import pretrained
 from fastattn.models.config import Seq2SeqConfig
 from fastattn.models.generation import GenerationSettings, Special, generate
 from fastattn.models.tokenizer import Seq2SeqTokenizer, pad
+from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -314,7 +315,7 @@ class Seq2Seq(nn.Module):
         return model.eval()
 
     def _project(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.target_embedding.weight.T
+        return linear(hidden, self.target_embedding.weight, None)[0]
 
 
 class _Steps:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.backends.extension import load
+from fastattn.backends.extension import load, plain
 from fastattn.backends.products import multiplies_on_tiles
 from fastattn.backends.reference import gradients
 from fastattn.ops import _dispatch
@@ -37,11 +37,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -
         ValueError: shapes do not fit; a RuntimeError, of ``F.linear``, where that does the work.
         TypeError: dtypes or devices do not fit; likewise.
 
-    Differs from ``F.linear``, which does the work wherever it is as fast: each part has memory of its own, so that
-    neither the parts nor, in the backward, their gradients are copied.
+    Differs from ``F.linear``, which does the work wherever it is as fast: each part of many rows has memory of its own,
+    so that neither the parts nor, in the backward, their gradients are copied; a few rows in float32 are a plain call.
     """
     if not _has_kernel(input, weight):
-        out = F.linear(input, weight, bias)
+        out = plain.linear(input, weight, bias) if _dispatch.may_be_plain(None) else None
+        if out is None:
+            out = F.linear(input, weight, bias)
         return (out,) if parts == 1 else out.chunk(parts, dim=-1)
     return tuple(_linear(*linear_call(input, weight, bias, parts=parts, backend="")))
 
