@@ -266,11 +266,6 @@ def test_a_few_rows_are_as_exact_as_eager(few_isa, shape, bias):
         found = plain.linear(given["input"], given["weight"], given.get("bias"))
         assert_as_exact_as_eager({"out": found}, {"out": F.linear(**wide)}, {"out": F.linear(**given)})
         assert found.shape == (*lead, out_dim)
-        for row in range(min(len(found), 3)):  # each row's bits are its own
-            assert torch.equal(
-                plain.linear(given["input"][row : row + 1], *list(given.values())[1:], *() if bias else (None,)),
-                found[row : row + 1],
-            )
     finally:
         extension.set_isa(before)
 

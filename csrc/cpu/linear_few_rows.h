@@ -2,20 +2,20 @@
 // it costs.
 #pragma once
 
-#include "common.h"
+#include <cstdint>
+
 #include "isa.h"
 
 namespace fastattn {
 
-// out = input * weight^T + bias, all of one dtype, summed in float32.
+// out = input * weight^T + bias in float32.
 struct LinearFewRowsArgs {
   int64_t rows = 0, columns = 0, depth = 0;
-  DType dtype = DType::kFloat32;  // not kFloat64
-  const void* input = nullptr;    // [rows, depth], contiguous
-  const void* weight = nullptr;   // [columns, depth], rows contiguous
+  const float* input = nullptr;   // [rows, depth], contiguous
+  const float* weight = nullptr;  // [columns, depth], rows contiguous
   int64_t weight_stride = 0;
-  const void* bias = nullptr;  // [columns], or null
-  void* out = nullptr;         // [rows, columns], contiguous
+  const float* bias = nullptr;  // [columns], or null
+  float* out = nullptr;         // [rows, columns], contiguous
 };
 
 FASTATTN_DECLARE(void linear_few_rows(const LinearFewRowsArgs& args))

@@ -290,17 +290,17 @@ bool linear(Reader& read, py::object* result) {
     const bool bias_fits = read.tensor(2, &bias) && bias.dims == 1 && bias.size[0] == args.columns &&
                            bias.dtype == input.dtype && is_contiguous(bias);
     if (!bias_fits) return false;
-    args.bias = bias.data;
+    args.bias = static_cast<const float*>(bias.data);
   }
   if (read.wants_gradient()) return false;
-  args.input = input.data;
-  args.weight = weight.data;
+  args.input = static_cast<const float*>(input.data);
+  args.weight = static_cast<const float*>(weight.data);
   args.weight_stride = weight.stride[0];
   const int64_t* size = input.size;
   *result = input.dims == 2   ? empty({size[0], args.columns}, input.dtype)
             : input.dims == 3 ? empty({size[0], size[1], args.columns}, input.dtype)
                               : empty({size[0], size[1], size[2], args.columns}, input.dtype);
-  args.out = read_pointer<void>(*result);
+  args.out = read_pointer<float>(*result);
   py::gil_scoped_release release;
   FASTATTN_DISPATCH(linear_few_rows, args);
   return true;
