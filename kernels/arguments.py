@@ -39,20 +39,20 @@ class Mask(NamedTuple):
     """Who may see whom, as ``fastattn.masks.CanonicalMask`` says it.
 
     Attributes:
+        dense: :class:`View` of 0 and 1.
         diag_lo: least ``key - query``, clamped so that sums with positions fit in 32 bits; None for an open band.
         diag_hi: largest; None with ``diag_lo``.
         key_lengths: int32 [batch], or None.
         segments_q: int32 [batch, seq_len_q], or None.
         segments_k: int32 [batch, seq_len_k], or None.
-        dense: :class:`View` of 0 and 1.
     """
 
+    dense: View
     diag_lo: int | None
     diag_hi: int | None
     key_lengths: Any
     segments_q: Any
     segments_k: Any
-    dense: View
 
 
 class Dropout(NamedTuple):
@@ -72,29 +72,31 @@ class Dropout(NamedTuple):
 class Problem(NamedTuple):
     """Everything that the scores of a call depend on, besides queries and keys.
 
+    The tuples come first: where a number is a constant, Triton 3.6 forgets those in tuples that follow it.
+
     Attributes:
+        mask: :class:`Mask`.
+        bias: :class:`View`.
+        relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1].
+        dropout: :class:`Dropout`.
         seq_len_q: queries.
         seq_len_k: keys.
         num_heads_q: query heads.
         group_size: query heads that share a key-value head.
         scale: what a product of query and key is multiplied by; in powers of two where there is no softcap and no bias.
         softcap: None for none.
-        mask: :class:`Mask`.
-        bias: :class:`View`.
-        relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1].
-        dropout: :class:`Dropout`.
     """
 
-    seq_len_q: int
-    seq_len_k: int
-    num_heads_q: int
-    group_size: int
-    scale: float
-    softcap: Any
     mask: Mask
     bias: View
     relative_bias: View
     dropout: Dropout
+    seq_len_q: int
+    seq_len_k: int
+    num_heads_q: int
+    group_size: int
+    scale: Any
+    softcap: Any
 
 
 def view(tensor: Tensor) -> View:
@@ -120,16 +122,16 @@ def problem(call: AttentionCall) -> Problem:
     relative_bias = None if call.relative_bias is None else call.relative_bias[None, :, None]
     plain = not call.softcap and call.bias is None and relative_bias is None
     return Problem(
+        mask(call),
+        broadcast(call.bias),
+        broadcast(relative_bias),
+        Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), number(1.0 / (1.0 - call.dropout_p), dtype)),
         seq_len_q,
         seq_len_k,
         num_heads_q,
         call.group_size,
         number(call.softmax_scale * _LOG2_E if plain else call.softmax_scale, dtype),
         number(call.softcap, dtype) if call.softcap else None,
-        mask(call),
-        broadcast(call.bias),
-        broadcast(relative_bias),
-        Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), number(1.0 / (1.0 - call.dropout_p), dtype)),
     )
 
 
@@ -143,4 +145,4 @@ def mask(call: AttentionCall) -> Mask:
         lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
         hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
     dense = None if call.dense_mask is None else call.dense_mask.view(torch.uint8)
-    return Mask(lo, hi, call.key_lengths, call.segments_q, call.segments_k, broadcast(dense))
+    return Mask(broadcast(dense), lo, hi, call.key_lengths, call.segments_q, call.segments_k)

@@ -94,15 +94,16 @@ def _attention_bwd_rows_kernel(
     whole = whole.to(dtype)
 
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    first, last = masking.key_parts(problem.mask, begin, tl.minimum(begin + ROWS, problem.seq_len_q), limit, KEYS)
-    if last[2] - first[0] <= KEYS:
+    row_end = tl.minimum(begin + ROWS, problem.seq_len_q)
+    column_begin, _, _, column_end = masking.key_parts(problem.mask, begin, row_end, limit, KEYS)
+    if column_end - column_begin <= KEYS:
         head_kv = head // problem.group_size
         q = load_rows(query, batch, head, begin, problem.seq_len_q, head_dim, ROWS, DIM)
-        k = load_rows(key, batch, head_kv, first[0], limit, head_dim, KEYS, DIM)
-        v = load_rows(value, batch, head_kv, first[0], limit, head_dim_v, KEYS, DIM_V)
+        k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM)
+        v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V)
         p, _, weighted, _ = score_gradients(
-            problem, q, k, v, do, whole, share, tl.zeros([ROWS], dtype), batch, head, begin, first[0], limit,
-            PRECISION, True, ROWS, KEYS,
+            problem, q, k, v, do, whole, share, tl.zeros([ROWS], dtype), batch, head, begin, column_begin, limit,
+            PRECISION, True, False, ROWS, KEYS,
         )  # fmt: skip
         d = tl.sum(weighted, axis=1)
         if sinks is None:
@@ -120,33 +121,34 @@ def _attention_bwd_rows_kernel(
 
 @triton.jit
 def _add_queries(
-    state, query, key_tile, value_tile, dout, statistics, problem, batch, head, column_begin, begin, end, limit,
-    head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
+    state, query, key_tile, value_tile, dout, statistics, problem, batch, head, column_begin, begin, end,
+    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the queries in [begin, end), multiples of ROWS, to ``state = (dk, dv, db)``."""
+    """Adds the share of the queries in [begin, end) to ``state = (dk, dv, db)``, but for ``gap`` from ``gap_begin`` on;
+    all but ``end`` are multiples of ROWS."""
     dk, dv, db = state
-    for start in range(begin, end, ROWS):
-        start = tl.multiple_of(start, ROWS)
+    for at in range(begin, end - gap, ROWS):
+        start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), ROWS)
         q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM)
         do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
         shift, factor, delta = load_statistics(statistics, start, problem.seq_len_q, ROWS)
         _, p, ds, dx = score_gradients(
             problem, q, key_tile, value_tile, do, shift, factor, delta, batch, head, start, column_begin, limit,
-            PRECISION, MASKED, ROWS, KEYS,
+            PRECISION, MASKED, True, ROWS, KEYS,
         )  # fmt: skip
-        db += tl.sum(ds, axis=0)
+        db += tl.sum(ds, axis=1)
         if POISONED:
             rows = (start + tl.arange(0, ROWS))[None, :]
             columns = (column_begin + tl.arange(0, KEYS))[:, None]
             seen = masking.visible(
                 problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
             )
-            dv = add_seen(dv, tl.trans(p), do, seen, ROWS)
-            dk = add_seen(dk, tl.trans(dx), q, seen, ROWS)
+            dv = add_seen(dv, p, do, seen, ROWS)
+            dk = add_seen(dk, dx, q, seen, ROWS)
         else:
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
-            dk = tl.dot(tl.trans(dx.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+            dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
     return dk, dv, db
 
 
@@ -192,18 +194,23 @@ def _attention_bwd_keys_kernel(
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V)
-    first, last = masking.query_parts(problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS)
+    begin, free_begin, free_end, end = masking.query_parts(
+        problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS
+    )
     dk, dv = tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype)
     for member in range(problem.group_size):
         head = head_kv * problem.group_size + member
         row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
         statistics = (shift + row, factor + row, delta + row)
         state = (dk, dv, tl.zeros([KEYS], dtype))
-        for part in tl.static_range(3):
-            state = _add_queries(
-                state, query, k, v, dout, statistics, problem, batch, head, column_begin, first[part], last[part],
-                limit, head_dim, head_dim_v, PRECISION, part != 1, False, ROWS, KEYS, DIM, DIM_V,
-            )  # fmt: skip
+        state = _add_queries(
+            state, query, k, v, dout, statistics, problem, batch, head, column_begin, free_begin, free_end, free_end, 0,
+            limit, head_dim, head_dim_v, PRECISION, False, False, ROWS, KEYS, DIM, DIM_V,
+        )  # fmt: skip
+        state = _add_queries(
+            state, query, k, v, dout, statistics, problem, batch, head, column_begin, begin, end, free_begin,
+            free_end - free_begin, limit, head_dim, head_dim_v, PRECISION, True, False, ROWS, KEYS, DIM, DIM_V,
+        )  # fmt: skip
         dk, dv, db = state
         if dbias is not None:
             columns = column_begin + tl.arange(0, KEYS)
@@ -219,7 +226,7 @@ def _attention_bwd_keys_kernel(
                 statistics = (shift + row, factor + row, delta + row)
                 dk, dv, _ = _add_queries(
                     (dk, dv, tl.zeros([KEYS], dtype)), query, k, v, dout, statistics, problem, batch, head,
-                    column_begin, first[0], last[2], limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS,
+                    column_begin, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS,
                     DIM, DIM_V,
                 )  # fmt: skip
     if dkey.data is not None:
@@ -230,19 +237,20 @@ def _attention_bwd_keys_kernel(
 
 @triton.jit
 def _add_keys(
-    dq, query_block, key, value, dout_block, statistics, dbias, problem, batch, head, row_begin, begin, end, limit,
-    head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
+    dq, query_block, key, value, dout_block, statistics, dbias, problem, batch, head, row_begin, begin, end,
+    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the keys in [begin, end), multiples of KEYS, to dq; writes their tiles of dbias."""
+    """Adds the share of the keys in [begin, end) to dq, but for ``gap`` from ``gap_begin`` on; writes their tiles of
+    dbias. All but ``end`` are multiples of KEYS."""
     head_kv = head // problem.group_size
-    for start in range(begin, end, KEYS):
-        start = tl.multiple_of(start, KEYS)
+    for at in range(begin, end - gap, KEYS):
+        start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
         v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
         _, _, ds, dx = score_gradients(
             problem, query_block, k, v, dout_block, *statistics, batch, head, row_begin, start, limit, PRECISION,
-            MASKED, ROWS, KEYS,
+            MASKED, False, ROWS, KEYS,
         )  # fmt: skip
         if POISONED:
             rows = (row_begin + tl.arange(0, ROWS))[:, None]
@@ -299,18 +307,20 @@ def _attention_bwd_queries_kernel(
     row = plane.to(tl.int64) * problem.seq_len_q
     statistics = load_statistics((shift + row, factor + row, delta + row), row_begin, problem.seq_len_q, ROWS)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    first, last = masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS)
-    dq = tl.zeros([ROWS, DIM], dtype)
-    for part in tl.static_range(3):
-        dq = _add_keys(
-            dq, q, key, value, do, statistics, dbias, problem, batch, head, row_begin, first[part], last[part], limit,
-            head_dim, head_dim_v, PRECISION, part != 1, False, ROWS, KEYS, DIM, DIM_V,
-        )  # fmt: skip
+    begin, free_begin, free_end, end = masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS)
+    dq = _add_keys(
+        tl.zeros([ROWS, DIM], dtype), q, key, value, do, statistics, dbias, problem, batch, head, row_begin, free_begin,
+        free_end, free_end, 0, limit, head_dim, head_dim_v, PRECISION, False, False, ROWS, KEYS, DIM, DIM_V,
+    )  # fmt: skip
+    dq = _add_keys(
+        dq, q, key, value, do, statistics, dbias, problem, batch, head, row_begin, begin, end, free_begin,
+        free_end - free_begin, limit, head_dim, head_dim_v, PRECISION, True, False, ROWS, KEYS, DIM, DIM_V,
+    )  # fmt: skip
     if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
         if not all_finite(dq):
             dq = _add_keys(
                 tl.zeros([ROWS, DIM], dtype), q, key, value, do, statistics, dbias, problem, batch, head, row_begin,
-                first[0], last[2], limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
+                begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
             )  # fmt: skip
     if dquery.data is not None:
         store_rows(dquery, batch, head, row_begin, problem.seq_len_q, head_dim, dq * scale, ROWS, DIM)

@@ -35,7 +35,22 @@ def _tile(
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, SIZE, DIM)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, SIZE, DIM_V)
     _, _, ds, _ = score_gradients(
-        problem, q, k, v, do, *statistics, batch, head, row_begin, column_begin, limit, PRECISION, True, SIZE, SIZE
+        problem,
+        q,
+        k,
+        v,
+        do,
+        *statistics,
+        batch,
+        head,
+        row_begin,
+        column_begin,
+        limit,
+        PRECISION,
+        True,
+        False,
+        SIZE,
+        SIZE,
     )
     return ds
 

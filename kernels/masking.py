@@ -68,8 +68,8 @@ def shared_query_range(mask, column_begin, column_end, limit, seq_len_q):
 
 @triton.jit
 def key_parts(mask, row_begin, row_end, limit, KEYS: tl.constexpr):
-    """Returns the tiles of keys that queries of [row_begin, row_end) may see, as ``(first, last)`` of three ranges of
-    keys in multiples of KEYS: the middle one is seen by all of these queries, in the others something may be hidden."""
+    """Returns ``(begin, free_begin, free_end, end)``: queries of [row_begin, row_end) may see keys of [begin, end), and
+    all of them see those of [free_begin, free_end). All but ``end`` are multiples of KEYS."""
     begin, end = key_range(mask, row_begin, row_end, limit)
     free_begin, free_end = shared_key_range(mask, row_begin, row_end, limit)
     return _parts(begin, end, free_begin, free_end, KEYS)
@@ -77,7 +77,7 @@ def key_parts(mask, row_begin, row_end, limit, KEYS: tl.constexpr):
 
 @triton.jit
 def query_parts(mask, column_begin, column_end, limit, seq_len_q, ROWS: tl.constexpr):
-    """The same the other way round: the blocks of queries that may see a key of [column_begin, column_end)."""
+    """The same the other way round: the queries that may see a key of [column_begin, column_end), and all of them."""
     begin, end = query_range(mask, column_begin, column_end, limit, seq_len_q)
     free_begin, free_end = shared_query_range(mask, column_begin, column_end, limit, seq_len_q)
     return _parts(begin, end, free_begin, free_end, ROWS)
@@ -88,9 +88,7 @@ def _parts(begin, end, free_begin, free_end, STEP: tl.constexpr):
     begin = begin // STEP * STEP
     free_begin = tl.maximum(tl.cdiv(free_begin, STEP) * STEP, begin)
     free_end = tl.maximum(tl.minimum(free_end, end) // STEP * STEP, free_begin)
-    none = free_end == free_begin
-    free_begin, free_end = tl.where(none, begin, free_begin), tl.where(none, begin, free_end)
-    return (begin, free_begin, free_end), (free_begin, free_end, end)
+    return begin, free_begin, free_end, end
 
 
 @triton.jit

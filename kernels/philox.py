@@ -19,14 +19,19 @@ def keep(dropout, plane, row_begin, column_begin, ROWS: tl.constexpr, COLUMNS: t
         plane: ``batch * num_heads_q + head``, or 0 for the feed-forward.
         column_begin: a multiple of 4.
     """
+    return keep_of(dropout, plane, (row_begin + tl.arange(0, ROWS))[:, None], column_begin, ROWS, COLUMNS)
+
+
+@triton.jit
+def keep_of(dropout, planes, rows, column_begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same of any rows: int32 [ROWS, 1], as ``planes``, which may be one for all."""
     seed, offset = tl.load(dropout.state), tl.load(dropout.state + 1)
     quads = (column_begin // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
-    rows = (row_begin + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
     zero = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
     a, b, c, d = philox_impl(
         zero + quads,
-        zero + rows,
-        zero + plane.to(tl.uint32),
+        zero + rows.to(tl.uint32),
+        zero + planes.to(tl.uint32),
         zero + (offset & 0xFFFFFFFF).to(tl.uint32),
         (seed & 0xFFFFFFFF).to(tl.uint32),
         ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),

@@ -25,10 +25,10 @@ def load_statistics(statistics, begin, seq_len_q, ROWS: tl.constexpr):
 @triton.jit
 def score_gradients(
     problem, q, k, v, do, shift, factor, delta, batch, head, row_begin, column_begin, limit,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Returns of a tile [ROWS, KEYS] its probabilities, the same as dropout leaves them, the gradients of its scores
-    and those before the softcap.
+    """Returns of a tile [ROWS, KEYS], or [KEYS, ROWS] where TURNED, its probabilities, the same as dropout leaves them,
+    the gradients of its scores and those before the softcap.
 
     Args:
         q: queries [ROWS, DIM]; likewise ``k``, ``v`` and ``do``.
@@ -36,21 +36,32 @@ def score_gradients(
         delta: what is subtracted from the gradients of probabilities; [ROWS].
         limit: what ``masking.key_end`` returned.
         MASKED: whether anything may be invisible.
+        TURNED: whether keys are the rows of the result, so that it multiplies queries from the left as it is.
     """
     rows = row_begin + tl.arange(0, ROWS)
     columns = column_begin + tl.arange(0, KEYS)
     dtype: tl.constexpr = accumulator(q.dtype)
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dtype)
-    s, slope = finish_scores(problem, product, batch, head, rows[:, None], columns[None, :], limit, MASKED)
-    p = tl.exp2(s - shift[:, None]) * factor[:, None]
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dtype)
+    if TURNED:
+        rows, columns = rows[None, :], columns[:, None]
+        shift, factor, delta = shift[None, :], factor[None, :], delta[None, :]
+        product = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dtype)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dtype)
+    else:
+        rows, columns = rows[:, None], columns[None, :]
+        shift, factor, delta = shift[:, None], factor[:, None], delta[:, None]
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dtype)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dtype)
+    s, slope = finish_scores(problem, product, batch, head, rows, columns, limit, MASKED)
+    p = tl.exp2(s - shift) * factor
     dropped = p
     if problem.dropout.state is not None:
         plane = batch * problem.num_heads_q + head
         keep = philox.keep(problem.dropout, plane, row_begin, column_begin, ROWS, KEYS)
+        if TURNED:
+            keep = tl.trans(keep)
         dropped = tl.where(keep, p * problem.dropout.rescale, 0.0)
         dp = tl.where(keep, dp * problem.dropout.rescale, 0.0)
-    ds = p * (dp - delta[:, None])
+    ds = p * (dp - delta)
     if MASKED:
         # What is invisible may be NaN, and so may what it is multiplied by.
         hidden = s == float("-inf")

@@ -97,6 +97,19 @@ SQUARE: Table = {
     },
 }
 SQUARE[90] = SQUARE[100] = SQUARE[80]
+# Keys a step, of a few packed queries, whose number is their own.
+DECODE: Table = {
+    ANY: _SMALL,
+    80: {
+        (2, 64): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1)),
+        (2, 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1)),
+        (2, 256): (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)),
+        (4, 128): (Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)),
+        (4, 256): (Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
+        (8, 256): (Tile(16, 16, 4, 1),),
+    },
+}
+DECODE[90] = DECODE[100] = DECODE[80]
 
 
 def choose(table: Table, call: AttentionCall, architecture: int) -> tuple[Tile, ...]:

@@ -1,0 +1,119 @@
+"""The running softmax of a block of queries, which attention's forward and decode kernels share.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels import masking, philox
+from fastattn.kernels.tile import LOG2_E, accumulator, add_seen, all_finite, finish_scores, load_rows
+
+
+@triton.jit
+def nothing_yet(dtype: tl.constexpr, ROWS: tl.constexpr, DIM_V: tl.constexpr):
+    """Returns a state that has seen no key: ``(out, top, total)``, the output before its division [ROWS, DIM_V], the
+    maximum of the scores in powers of two and the sum of their exponentials [ROWS]."""
+    return tl.zeros([ROWS, DIM_V], dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype)
+
+
+@triton.jit
+def add_tiles(
+    state, q, key, value, problem, batch, head_kv, heads, rows, begin, end, gap_begin, gap, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Moves a state over the keys in [begin, end), but for ``gap`` of them from ``gap_begin`` on; all but ``end`` are
+    multiples of KEYS.
+
+    Args:
+        q: queries [ROWS, DIM].
+        heads: of each query, int32 [ROWS, 1], or one for all.
+        rows: of each query, int32 [ROWS, 1]; beyond the last one it is none.
+        MASKED: whether anything may be invisible.
+        POISONED: whether values may be NaN or infinite where they are invisible.
+    """
+    out, top, total = state
+    for at in range(begin, end - gap, KEYS):
+        start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
+        columns = (start + tl.arange(0, KEYS))[None, :]
+        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
+        s, _ = finish_scores(problem, product, batch, heads, rows, columns, limit, MASKED)
+        now = tl.maximum(top, tl.max(s, axis=1))
+        # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(top - shift)
+        total = total * alpha + tl.sum(p, axis=1)
+        top = now
+        if problem.dropout.state is not None:
+            planes = batch * problem.num_heads_q + heads
+            p = tl.where(philox.keep_of(problem.dropout, planes, rows, start, ROWS, KEYS), p, 0.0)
+        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
+        out *= alpha[:, None]
+        if POISONED:
+            seen = masking.visible(
+                problem.mask, batch, heads, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
+            )
+            out = add_seen(out, p, v, seen, KEYS)
+        else:
+            out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=out.dtype)
+    return out, top, total
+
+
+@triton.jit
+def over_keys(
+    q, key, value, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Returns the state over the keys of ``parts``, as ``masking.key_parts`` returns them; see :func:`add_tiles`."""
+    begin, free_begin, free_end, end = parts
+    state = nothing_yet(accumulator(q.dtype), ROWS, DIM_V)
+    state = add_tiles(
+        state, q, key, value, problem, batch, head_kv, heads, rows, free_begin, free_end, free_end, 0, limit, head_dim,
+        head_dim_v, PRECISION, False, False, ROWS, KEYS, DIM, DIM_V,
+    )  # fmt: skip
+    state = add_tiles(
+        state, q, key, value, problem, batch, head_kv, heads, rows, begin, end, free_begin, free_end - free_begin,
+        limit, head_dim, head_dim_v, PRECISION, True, False, ROWS, KEYS, DIM, DIM_V,
+    )  # fmt: skip
+    out, top, total = state
+    if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
+        if not all_finite(out):
+            # Perhaps by a value that its row may not see: once more, touching only what may be seen.
+            out, top, total = add_tiles(
+                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, problem, batch, head_kv, heads, rows,
+                begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
+            )  # fmt: skip
+    return out, top, total
+
+
+@triton.jit
+def finish(state, sinks, heads, dropout):
+    """Returns the output of a state and the log of its softmax's denominator in powers of two, float64 [ROWS].
+
+    Args:
+        sinks: [num_heads_q], or None; a sink is one more score, without a value.
+        heads: of each query, int32 [ROWS], or one for all.
+        dropout: Dropout.
+    """
+    out, top, total = state
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    log_total = tl.where(nothing, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
+    log_total = tl.where(top == float("inf"), float("inf"), log_total)
+    factor = tl.where(nothing, 0.0, 1.0 / total)
+    if sinks is not None:
+        sink = tl.load(sinks + heads).to(tl.float64) * LOG2_E
+        greater = tl.maximum(log_total, sink)
+        both = greater + tl.log2(tl.exp2(log_total - greater) + tl.exp2(sink - greater))
+        both = tl.where(greater == float("-inf"), greater, both)
+        factor = tl.where(nothing, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(out.dtype)
+        log_total = both
+    if dropout.state is not None:
+        factor *= dropout.rescale
+    return out * factor[:, None], log_total
