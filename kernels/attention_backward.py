@@ -122,7 +122,8 @@ def _attention_bwd_rows_kernel(
 @triton.jit
 def _add_queries(
     state, query, key_tile, value_tile, dout, statistics, problem, batch, head, column_begin, begin, end,
-    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
+    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    POISONED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the queries in [begin, end) to ``state = (dk, dv, db)``, but for ``gap`` from ``gap_begin`` on;
@@ -130,8 +131,8 @@ def _add_queries(
     dk, dv, db = state
     for at in range(begin, end - gap, ROWS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), ROWS)
-        q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM)
-        do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
+        q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM, MASKED)
+        do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V, MASKED)
         shift, factor, delta = load_statistics(statistics, start, problem.seq_len_q, ROWS)
         _, p, ds, dx = score_gradients(
             problem, q, key_tile, value_tile, do, shift, factor, delta, batch, head, start, column_begin, limit,
@@ -238,7 +239,8 @@ def _attention_bwd_keys_kernel(
 @triton.jit
 def _add_keys(
     dq, query_block, key, value, dout_block, statistics, dbias, problem, batch, head, row_begin, begin, end,
-    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr,
+    gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    POISONED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the keys in [begin, end) to dq, but for ``gap`` from ``gap_begin`` on; writes their tiles of
@@ -246,8 +248,8 @@ def _add_keys(
     head_kv = head // problem.group_size
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
-        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
-        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
+        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM, MASKED)
+        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V, MASKED)
         _, _, ds, dx = score_gradients(
             problem, query_block, k, v, dout_block, *statistics, batch, head, row_begin, start, limit, PRECISION,
             MASKED, False, ROWS, KEYS,

@@ -39,7 +39,7 @@ def add_tiles(
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         columns = (start + tl.arange(0, KEYS))[None, :]
-        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM)
+        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
         s, _ = finish_scores(problem, product, batch, heads, rows, columns, limit, MASKED)
         now = tl.maximum(top, tl.max(s, axis=1))
@@ -52,7 +52,7 @@ def add_tiles(
         if problem.dropout.state is not None:
             planes = batch * problem.num_heads_q + heads
             p = tl.where(philox.keep_of(problem.dropout, planes, rows, start, ROWS, KEYS), p, 0.0)
-        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V)
+        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V, MASKED)
         out *= alpha[:, None]
         if POISONED:
             seen = masking.visible(

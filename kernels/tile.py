@@ -29,11 +29,16 @@ def block_and_plane(length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns rows [begin, begin + ROWS) of a view, 0 from row ``limit`` and column ``columns`` on."""
+def load_rows(
+    view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr = True
+):
+    """Returns rows [begin, begin + ROWS) of a view, 0 from column ``columns`` on, and, where CHECKED, from row
+    ``limit`` on; otherwise all rows must be there."""
     rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
-    inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
+    inside = (at < columns)[None, :]
+    if CHECKED:
+        inside &= (begin + rows < limit)[:, None]
     return tl.load(start + rows.to(tl.int64)[:, None] * view.row + at[None, :], mask=inside, other=0.0)
 
 

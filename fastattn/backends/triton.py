@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattn.backends.base import Backend
 from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
+from fastattn.spec.attention_weights import WeightsCall
 
 # The first whose kernels may take tuples with names and fields that are None.
 LEAST_TRITON = (3, 6)
@@ -99,3 +100,8 @@ class TritonBackend(RowOps, Backend):
         from fastattn.kernels.attention_backward import attention_bwd
 
         return attention_bwd(call, out, lse, dout, dlse, needed)
+
+    def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
+        from fastattn.kernels.attention_weights import attention_weights_fwd
+
+        return attention_weights_fwd(call)

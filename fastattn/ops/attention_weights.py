@@ -69,7 +69,7 @@ def attention_weights(
         heads: the query heads to look at, likewise.
         top_k: for "top_k", how many keys a query.
         pool_size: for "pooled", the side of a cell.
-        backend: "reference" | "cpu"; by default the first that supports the call.
+        backend: "reference" | "cpu" | "triton"; by default the first that supports the call.
 
     Returns:
         In query's dtype, differentiable to any order, for ``reduce``:
