@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import masking, philox, tiles
-from fastattn.kernels.arguments import problem, view
+from fastattn.kernels.arguments import number, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
 from fastattn.kernels.tile import LN_2, LOG2_E, accumulator, finish_scores, load_rows, store_tile
 from fastattn.spec.attention import empty_output
@@ -272,15 +272,15 @@ def _launched(
     if call.reduce in ("none", "head_mean"):
         summed = heads if call.reduce == "head_mean" else 1
         out = view(result if call.reduce == "none" else result[:, None])
-        arguments = (*inputs, out, given, head_dim, summed, 1.0 / summed)
-        return _weights_kernel, tiles_k * blocks * planes // summed, arguments, options
+        sums = (*inputs, out, given, head_dim, summed, number(1.0 / summed, attention.query.dtype))
+        return _weights_kernel, tiles_k * blocks * planes // summed, sums, options
     if call.reduce == "key_sum":
         return _key_sum_kernel, tiles_k * planes, (*inputs, result, given, head_dim), options
     if call.reduce == "entropy":
         return _entropy_kernel, blocks * planes, (*inputs, result, given, head_dim), options
     if call.reduce == "top_k":
-        arguments = (*inputs, result, indices, given, head_dim, call.top_k)
-        return _top_k_kernel, blocks * planes, arguments, options
+        both = (*inputs, result, indices, given, head_dim, call.top_k)
+        return _top_k_kernel, blocks * planes, both, options
     cells = result.shape[2] * result.shape[3] * planes
     return _pooled_kernel, cells, (*inputs, result, given, head_dim, call.pool_size), options
 
