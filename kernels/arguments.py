@@ -36,7 +36,7 @@ class View(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Who may see whom, as ``fastattn.masks.CanonicalMask`` says it.
+    """Who may see whom, as ``fastattn.masks.CanonicalMask`` says it, laid out as :class:`Problem` is.
 
     Attributes:
         dense: :class:`View` of 0 and 1.
@@ -53,6 +53,7 @@ class Mask(NamedTuple):
     key_lengths: Any
     segments_q: Any
     segments_k: Any
+    last: None = None
 
 
 class Dropout(NamedTuple):
@@ -72,7 +73,8 @@ class Dropout(NamedTuple):
 class Problem(NamedTuple):
     """Everything that the scores of a call depend on, besides queries and keys.
 
-    The tuples come first: where a number is a constant, Triton 3.6 forgets those in tuples that follow it.
+    The tuples come first, and ``last`` is always a constant: Triton 3.6 forgets the constants of an inner tuple unless a
+    constant of the outer one follows it.
 
     Attributes:
         mask: :class:`Mask`.
@@ -97,6 +99,7 @@ class Problem(NamedTuple):
     group_size: int
     scale: Any
     softcap: Any
+    last: None = None
 
 
 def view(tensor: Tensor) -> View:
