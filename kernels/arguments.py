@@ -73,8 +73,8 @@ class Dropout(NamedTuple):
 class Problem(NamedTuple):
     """Everything that the scores of a call depend on, besides queries and keys.
 
-    The tuples come first, and ``last`` is always a constant: Triton 3.6 forgets the constants of an inner tuple unless a
-    constant of the outer one follows it.
+    The tuples come first, and ``last`` is always a constant: Triton 3.6 forgets the constants of an inner tuple unless
+    one of the outer tuple follows it.
 
     Attributes:
         mask: :class:`Mask`.

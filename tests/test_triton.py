@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -132,3 +133,42 @@ def test_same_bits_again():
     given = inputs(case).to(torch.float32)
     first, second = (fastattn.attention(**arguments(given, backend="triton")) for _ in range(2))
     assert torch.equal(first, second)
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoGpu:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+driver.set_active(NoGpu())
+from fastattn.kernels import attention_forward, launch
+from fastattn.masks import Causal, Dense
+from fastattn.spec.attention import attention_call, empty_output
+options = dict.fromkeys(("softmax_scale", "softcap", "sinks", "generator"))
+for heads, queries, keys in ((1, 1, 64), (2, 64, 1)):
+    q, k = torch.empty(1, heads, queries, 64).bfloat16(), torch.empty(1, heads, keys, 64).bfloat16()
+    bias, mask = torch.empty(1, heads, queries, keys), Dense(torch.ones(1, heads, queries, keys).bool()) & Causal()
+    call = attention_call(q, k, k, mask=mask, bias=bias, dropout_p=0.0, backend="triton", **options)
+    arguments = attention_forward._arguments(call, *empty_output(call))
+    sizes = attention_forward._options(call, launch.Tile(64, 32, 4, 1))
+    kernel = attention_forward._attention_fwd_kernel.warmup(*arguments, grid=(1,), **sizes)
+    assert kernel.asm["cubin"]
+print("compiled")
+"""
+
+
+def test_calls_whose_numbers_are_one_compile():
+    """Triton makes a constant of each 1, and 3.6 loses some of those in inner tuples (``arguments.Problem``)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
