@@ -1,0 +1,57 @@
+"""The Triton kernels compile without a GPU, and docs/triton-report.md says what the compiler made of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TRITON
+
+from fastattn.tools import triton_report
+
+REPORT = Path(__file__).parent.parent / triton_report.REPORT
+# Bytes that a thread spills, of the configurations that do.
+SPILLED = {"norm backward bfloat16 [8192, 1024]": 8}
+
+pytestmark = pytest.mark.skipif(not TRITON, reason="needs Triton")
+reported = pytest.mark.skipif(not REPORT.exists(), reason="there is no report yet")
+
+
+def compiler(*arguments: str) -> str:
+    """Runs Python with Triton's compiler instead of its interpreter, in which the other tests of this process run."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_products_run_on_the_matrix_units_of_each_architecture():
+    """One kernel of the many, because to compile them all takes minutes: the widest product in bfloat16."""
+    code = (
+        "from fastattn.tools.triton_report import *\n"
+        "for sm in ARCHITECTURES:\n"
+        "    line = compiled(sm, [c for c, _ in configurations(sm, ['product'])][2])\n"
+        "    print(line.kernel, line.registers > 64, line.spilled, line.warpgroup > 0, line.warp > 0)"
+    )
+    found = compiler("-c", code).splitlines()
+    assert found == [
+        "linear forward bfloat16 True 0 False True",
+        "linear forward bfloat16 True 0 True False",
+        "linear forward bfloat16 True 0 True False",
+    ]
+
+
+@reported
+def test_the_report_is_current():
+    """Else: python -m fastattn.tools.triton_report."""
+    compiler("-m", "fastattn.tools.triton_report", "--check", "--out", str(REPORT))
+
+
+@reported
+def test_nothing_spills_but_what_is_listed():
+    lines = triton_report.read(REPORT).values()
+    assert {line.kernel: line.spilled for line in lines if line.spilled} == SPILLED
+    assert all(line.programs >= 1 for line in lines)
