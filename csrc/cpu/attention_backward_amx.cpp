@@ -384,6 +384,10 @@ class AmxTiles {
                       const Mask& mask) const {
     const Range rows = rows_of(tile, cell.block), columns = columns_of(tile, cell.step);
     const int64_t height = rows.end - rows.begin, width = columns.end - columns.begin;
+    // Of the block whose turn is next: a cell's rows of bias lie a whole row of keys apart, where no processor guesses.
+    if (rows.begin >= rows_) {
+      scores_.fetch_bias(tile.batch, tile.head, {rows.begin - rows_, rows.end - rows_}, columns);
+    }
     scores_.finish(place.s, kStep, tile.batch, tile.head, rows, columns, cell.masked, mask, place.slope);
     if (height < kStep || width < kStep) {
       const FloatVec hidden = FloatVec::set1(-kInfinity);

@@ -97,6 +97,7 @@ class Backward {
     bias_.carve_shared(carver);
     sink_sums_ = carver.take<double>(sink_sums());
     heads_ = carver.take<char>(together * group_size_ * head_bytes());
+    bias_.prepare();
 
     for (int64_t first = 0; first < groups; first += together) {
       const int64_t count = min(together, groups - first);

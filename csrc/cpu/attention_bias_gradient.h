@@ -11,6 +11,7 @@
 #include "mask.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -31,6 +32,20 @@ class BiasGradient {
     const bool rows = bias_.stride[2] != 0, columns = bias_.stride[3] != 0;
     if (bias_.data != nullptr) kind_ = rows && columns ? Kind::kDense : columns ? Kind::kColumns : Kind::kRows;
     slices_ = (bias_.stride[0] != 0 ? p_.batch : 1) * (bias_.stride[1] != 0 ? p_.num_heads_q : 1);
+  }
+
+  // To be called once, before any tile is added.
+  void prepare() {
+    const int64_t row = p_.seq_len_k, slice = p_.seq_len_q * row;
+    const int64_t entry = (bias_.stride[1] != 0 ? p_.num_heads_q : 1) * slice;
+    const bool contiguous = bias_.stride[3] == 1 && bias_.stride[2] == row &&
+                            (bias_.stride[1] == 0 || bias_.stride[1] == slice) &&
+                            (bias_.stride[0] == 0 || bias_.stride[0] == entry);
+    if (kind_ != Kind::kDense || is_shared() || !contiguous) return;
+    visit(bias_.dtype, [&](auto type) {
+      const int64_t row_bytes = row * static_cast<int64_t>(sizeof(typename decltype(type)::Type));
+      past_caches_ = prepare_stream(bias_.data, slices_ * p_.seq_len_q * row_bytes, row_bytes);
+    });
   }
 
   bool wanted() const { return kind_ != Kind::kNone || relative_.data != nullptr; }
@@ -112,6 +127,7 @@ class BiasGradient {
 
   // Hands a task's sums over to those of its heads.
   void end_task(const Task& task, int64_t group, int64_t batch, int64_t first_head, int64_t tile) const {
+    stream_end();
     const int64_t begin = tile * grid_.keys, width = min(grid_.keys, p_.seq_len_k - begin);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t slice = batch * p_.num_heads_q + first_head + g;
@@ -181,11 +197,16 @@ class BiasGradient {
         for (int64_t j = whole.begin; j < columns.begin; ++j) to[j] = T{};
         for (int64_t j = columns.end; j < whole.end; ++j) to[j] = T{};
       }
-      for_each_vec<C>(columns.end - columns.begin, [&](int64_t j, auto n) {
-        const Vec<C> x = load_n(ds + j, n);
-        T* at = to + columns.begin + j;
-        store_n(at, fresh ? x : load_n(at, n) + x, n);
-      });
+      to += columns.begin;
+      const int64_t width = columns.end - columns.begin;
+      if (past_caches_) {
+        for_each_vec<C>(width, [&](int64_t j, auto n) { put_n<true>(to + j, load_n(ds + j, n), n); });
+      } else {
+        for_each_vec<C>(width, [&](int64_t j, auto n) {
+          const Vec<C> x = load_n(ds + j, n);
+          store_n(to + j, fresh ? x : load_n(to + j, n) + x, n);
+        });
+      }
     }
   }
 
@@ -218,6 +239,7 @@ class BiasGradient {
   Grid grid_;
   Kind kind_ = Kind::kNone;
   int64_t heads_, diagonals_, slices_;
+  bool past_caches_ = false;  // whether a dense gradient, which no heads share, is streamed
   int32_t *turns_ = nullptr, *diagonal_turns_ = nullptr;
   double *sums_ = nullptr, *diagonal_sums_ = nullptr;
 };

@@ -199,36 +199,55 @@ class Decode {
     });
   }
 
-  // Returns whether all results are finite. Four vectors of four rows are 16 chains of FMAs; a single row takes eight
-  // vectors, so that at head_dim 128 of 512-bit registers it reads a value from end to end.
+  // Values whose vectors are multiplied together: a block of them is in the first cache when its later columns' turn
+  // comes, and is read from end to end by the first.
+  static constexpr int64_t kTogether = 32;
+
+  // Returns whether all results are finite.
   template <int R, typename T>
   bool multiply_rows(C* out, const C* s, const T* v, int64_t width) const {
-    constexpr int W = Vec<C>::kWidth;
+    for (int64_t j = 0; j < width; j += kTogether) {
+      multiply_block<R>(out, s + j, v + j * p_.v.stride[2], min(kTogether, width - j), j == 0);
+    }
     Vec<C> poison = Vec<C>::zero();
-    int64_t d = 0;
-    for (; R == 1 && d + 8 * W <= p_.head_dim_v; d += 8 * W) {
-      multiply_columns<R, 8>(out + d, s, v + d, width, AllLanes<C>(), &poison);
-    }
-    for (; d + 4 * W <= p_.head_dim_v; d += 4 * W) {
-      multiply_columns<R, 4>(out + d, s, v + d, width, AllLanes<C>(), &poison);
-    }
-    for (; d + W <= p_.head_dim_v; d += W) multiply_columns<R, 1>(out + d, s, v + d, width, AllLanes<C>(), &poison);
-    if (d < p_.head_dim_v) {
-      multiply_columns<R, 1>(out + d, s, v + d, width, static_cast<int>(p_.head_dim_v - d), &poison);
+    for (int r = 0; r < R; ++r) {
+      for_each_vec<C>(p_.head_dim_v, [&](int64_t d, auto n) {
+        poison = fma(load_n(out + r * pieces_ * partial_size() + d, n), Vec<C>::zero(), poison);
+      });
     }
     const C sum = reduce_add(poison);
     return sum == sum;
   }
 
+  // Adds the values of a block, or begins with them. Four vectors of four rows are 16 chains of FMAs; a single row
+  // takes eight vectors.
+  template <int R, typename T>
+  void multiply_block(C* out, const C* s, const T* v, int64_t width, bool fresh) const {
+    constexpr int W = Vec<C>::kWidth;
+    int64_t d = 0;
+    for (; R == 1 && d + 8 * W <= p_.head_dim_v; d += 8 * W) {
+      multiply_columns<R, 8>(out + d, s, v + d, width, AllLanes<C>(), fresh);
+    }
+    for (; d + 4 * W <= p_.head_dim_v; d += 4 * W) {
+      multiply_columns<R, 4>(out + d, s, v + d, width, AllLanes<C>(), fresh);
+    }
+    for (; d + W <= p_.head_dim_v; d += W) multiply_columns<R, 1>(out + d, s, v + d, width, AllLanes<C>(), fresh);
+    if (d < p_.head_dim_v) {
+      multiply_columns<R, 1>(out + d, s, v + d, width, static_cast<int>(p_.head_dim_v - d), fresh);
+    }
+  }
+
   template <int R, int V, typename T, typename Lanes>
-  void multiply_columns(C* out, const C* s, const T* v, int64_t width, Lanes n, Vec<C>* poison) const {
+  void multiply_columns(C* out, const C* s, const T* v, int64_t width, Lanes n, bool fresh) const {
     constexpr int W = Vec<C>::kWidth;
     const int64_t ahead = W * p_.v.stride[2];
     Vec<C> sum[R][V];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) sum[r][i] = Vec<C>::zero();
+      for (int i = 0; i < V; ++i) {
+        sum[r][i] = fresh ? Vec<C>::zero() : load(out + r * pieces_ * partial_size() + i * W);
+      }
     }
     for (int64_t j = 0; j < width; ++j, v += p_.v.stride[2]) {
       Vec<C> value[V];
@@ -247,10 +266,7 @@ class Decode {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int i = 0; i < V; ++i) {
-        store(out + r * pieces_ * partial_size() + i * W, sum[r][i]);
-        *poison = fma(sum[r][i], Vec<C>::zero(), *poison);
-      }
+      for (int i = 0; i < V; ++i) store(out + r * pieces_ * partial_size() + i * W, sum[r][i]);
     }
   }
 

@@ -64,6 +64,21 @@ class Scores {
     });
   }
 
+  // Fetches the bias of a few columns, at most a page of them, of rows that finish() is to meet soon.
+  void fetch_bias(int64_t batch, int64_t head, Range rows, Range columns) const {
+    const View& bias = p_.bias[0];
+    if (bias.data == nullptr || bias.stride[3] != 1 || bias.stride[2] == 0) return;
+    visit(bias.dtype, [&](auto type) {
+      using T = typename decltype(type)::Type;
+      constexpr int64_t kLine = 64 / sizeof(T);
+      asm volatile("");  // a function that does nothing but fetch has no effect to GCC, which drops its calls
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const T* from = row_of<const T>(bias, batch, head, i);
+        for (int64_t j = columns.begin; j < columns.end; j += kLine) __builtin_prefetch(from + j);
+      }
+    });
+  }
+
   // Turns raw products s[(i - rows.begin) * stride + (j - columns.begin)] into scores, in place. With `masked`,
   // invisible ones become -inf, up to the end of the last vector of each row; columns.begin is then a multiple of 64.
   // With softcap, `slope` (if not null) gets each score's derivative by the score before it.
