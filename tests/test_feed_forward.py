@@ -154,12 +154,16 @@ def test_as_exact_as_eager_however_many_tokens(backend, dtype, tokens):
 
 @pytest.mark.parametrize("backend", ISAS, indirect=True)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("tokens", [5, 16, 32])
-def test_few_tokens_of_half_precision(backend, gated, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "model_dim", "ff_dim", "out_dim"),
+    # In the last a task has more hidden units than it takes at once, and fewer columns are left than it writes at once.
+    [(5, 96, 160, 64), (16, 96, 160, 64), (32, 96, 160, 64), (16, 160, 2400, 288)],
+)
+def test_few_tokens_of_half_precision(backend, gated, tokens, model_dim, ff_dim, out_dim):
     """Dimensions of whole tiles: weights are multiplied where they lie."""
-    inputs = tensors((tokens,), 96, 160, gated=gated, out_dim=64, dtype=torch.bfloat16, seed=tokens)
+    inputs = tensors((tokens,), model_dim, ff_dim, gated=gated, out_dim=out_dim, dtype=torch.bfloat16, seed=tokens)
     state = torch.randint((1 << 63) - 1, (2,), generator=torch.Generator().manual_seed(5))
-    keep = keep_mask(state, 0.3, 1, tokens, 160)
+    keep = keep_mask(state, 0.3, 1, tokens, ff_dim)
 
     def dropped(**leaves):
         generator = torch.Generator().manual_seed(5)
