@@ -13,8 +13,9 @@ from conftest import TRITON
 from fastattn.tools import triton_report
 
 REPORT = Path(__file__).parent.parent / triton_report.REPORT
-# Bytes that a thread spills, of the configurations that do.
-SPILLED = {"norm backward bfloat16 [8192, 1024]": 8}
+# Bytes that a thread spills, where it does: on sm_80, and on sm_100, where 128 x 256 logits
+# come out of tensor memory at once, in the epilogue.
+SPILLED = {"norm backward bfloat16 [8192, 1024]": 8, "cross entropy gradients bfloat16": 128}
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="needs Triton")
 reported = pytest.mark.skipif(not REPORT.exists(), reason="there is no report yet")
