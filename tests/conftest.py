@@ -34,8 +34,9 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 backend = pytest.fixture(params=["reference", *ISAS])(each_backend)
-# For the tests of ops that are there in Triton too.
-backend_or_triton = pytest.fixture(name="backend", params=["reference", *ISAS, *TRITON])(each_backend)
+# For the tests of ops that are there in Triton too: ``backend = backend_or_triton``. By that name in here it would be
+# everybody's.
+backend_or_triton = pytest.fixture(params=["reference", *ISAS, *TRITON])(each_backend)
 
 
 @pytest.fixture(autouse=True)
