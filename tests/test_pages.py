@@ -14,6 +14,7 @@ import fastattn
 from fastattn.backends.extension import load
 
 SMAPS = Path("/proc/self/smaps")
+ROLLUP = Path("/proc/self/smaps_rollup")
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # absent where the kernel knows no such pages
 
 pytestmark = pytest.mark.skipif(load()[1] is not None or not SMAPS.exists() or not HUGE.exists(), reason="needs Linux")
@@ -59,6 +60,12 @@ def test_large_outputs_and_gradients_ask_for_huge_pages(op: str) -> None:
 
 
 def test_asking_touches_nothing_beyond_the_output() -> None:
-    out = fastattn.softmax(torch.randn(ROWS, COLUMNS), backend="cpu")
-    resident = int(mapping(out)["Rss"].split()[0]) * 1024
-    assert resident <= out.nbytes
+    def resident() -> int:
+        # Of the whole process: a mapping may have grown together with a neighbour that asked for huge pages too.
+        return int(re.search(r"^Rss: +(\d+)", ROLLUP.read_text(), re.MULTILINE)[1]) * 1024  # type: ignore[index]
+
+    x = torch.randn(ROWS, COLUMNS)
+    fastattn.softmax(x, backend="cpu")  # what a kernel keeps from its first call on
+    before = resident()
+    out = fastattn.softmax(x, backend="cpu")
+    assert 0.9 * out.nbytes <= resident() - before <= out.nbytes + (256 << 10)
