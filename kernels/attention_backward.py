@@ -24,7 +24,7 @@ from fastattn.kernels import masking, tiles
 from fastattn.kernels.arguments import broadcast, number, problem, view
 from fastattn.kernels.attention_bias_backward import bias_gradient, relative_bias_gradient
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.scores import load_statistics, score_gradients
+from fastattn.kernels.scores import empty_statistics, load_statistics, score_gradients
 from fastattn.kernels.tile import (
     LOG2_E,
     accumulator,
@@ -32,10 +32,11 @@ from fastattn.kernels.tile import (
     all_finite,
     block_and_plane,
     load_rows,
+    split_log_total,
     store_rows,
     store_tile,
 )
-from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, lse_dtype
+from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
 
 @triton.jit
@@ -87,9 +88,8 @@ def _attention_bwd_rows_kernel(
     inside = rows < problem.seq_len_q
     log_total = tl.load(lse + first_row + rows, mask=inside, other=float("-inf")) * LOG2_E
     empty = log_total == float("-inf")
-    # Of an infinite lse nothing is left over; an empty row has no probabilities, whatever its scores.
-    whole = tl.where(empty, 0.0, tl.floor(log_total + 0.5))
-    rest = tl.where(tl.abs(log_total) == float("inf"), 0.0, whole - log_total)
+    whole, rest = split_log_total(log_total)
+    # An empty row has no probabilities, whatever its scores.
     share = tl.where(empty, 0.0, tl.exp2(rest)).to(dtype)
     whole = whole.to(dtype)
 
@@ -362,7 +362,7 @@ def attention_bwd(
     dout = dout if dout.shape[-1] <= 1 or dout.stride(-1) == 1 else dout.contiguous()
     lse = lse.to(torch.float64).contiguous()
     dlse = None if dlse is None else dlse.to(torch.float64).contiguous()
-    statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+    statistics = empty_statistics(call, lse)
     device = architecture(call.query.device)
 
     def rows(tile: Tile) -> None:
@@ -422,14 +422,14 @@ def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of its table for an architecture."""
     for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
         out, lse = empty_output(call)
-        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        statistics = empty_statistics(call, lse)
         arguments = _row_arguments(call, out, lse, out, lse, statistics)
         yield Configuration(
             f"attention backward, rows {name}", _attention_bwd_rows_kernel, arguments, _options(call, tile)
         )
     for name, call, tile in tiles.calls(tiles.BACKWARD_KEYS, architecture):
         out, lse = empty_output(call)
-        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        statistics = empty_statistics(call, lse)
         of_keys = None if call.bias is None else statistics[0].new_empty(call.bias.shape[1:])
         arguments = (
             *_common(call, out, statistics), broadcast(call.key), broadcast(call.value), of_keys, *_numbers(call)
@@ -439,7 +439,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         )
     for name, call, tile in tiles.calls(tiles.BACKWARD_QUERIES, architecture):
         out, lse = empty_output(call)
-        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        statistics = empty_statistics(call, lse)
         arguments = (*_common(call, out, statistics), broadcast(call.query), broadcast(call.bias), *_numbers(call))
         yield Configuration(
             f"attention backward, queries {name}", _attention_bwd_queries_kernel, arguments, _options(call, tile)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastattn.kernels import masking, tiles
 from fastattn.kernels.arguments import broadcast, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.scores import load_statistics, score_gradients
+from fastattn.kernels.scores import empty_statistics, load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, load_rows, store_tile
-from fastattn.spec.attention import AttentionCall, empty_output, lse_dtype
+from fastattn.spec.attention import AttentionCall, empty_output
 
 
 @triton.jit
@@ -224,7 +224,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of its table for an architecture."""
     for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
         out, lse = empty_output(call)
-        statistics = [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+        statistics = empty_statistics(call, lse)
         _, _, seq_len_q, seq_len_k = call.shape
         bias = lse.new_empty((1, 1, seq_len_q, seq_len_k), dtype=call.query.dtype)
         common, numbers, options = _common(call, out, statistics), _numbers(call), _options(call, tile)

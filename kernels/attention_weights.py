@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn.kernels import masking, philox, tiles
 from fastattn.kernels.arguments import number, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.tile import LN_2, LOG2_E, accumulator, finish_scores, load_rows, store_tile
+from fastattn.kernels.tile import LN_2, LOG2_E, accumulator, finish_scores, load_rows, split_log_total, store_tile
 from fastattn.spec.attention import empty_output
 from fastattn.spec.attention_weights import WeightsCall, empty_result
 
@@ -36,9 +36,7 @@ def _weights(
     at = lse + (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
     log_total = tl.load(at + rows, mask=rows < row_end, other=float("-inf")) * LOG2_E
     empty = log_total == float("-inf")
-    # The whole powers of two are subtracted, exactly, and the rest is a factor.
-    whole = tl.where(empty, 0.0, tl.floor(log_total + 0.5))
-    rest = tl.where(empty | (log_total == float("inf")), 0.0, whole - log_total)
+    whole, rest = split_log_total(log_total)
     q = load_rows(query, batch, head, row_begin, row_end, head_dim, SIZE, DIM)
     limit = tl.minimum(masking.key_end(problem.mask, batch, problem.seq_len_k), column_end)
     k = load_rows(key, batch, head // problem.group_size, column_begin, limit, head_dim, SIZE, DIM)

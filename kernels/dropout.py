@@ -46,7 +46,7 @@ def _dropout_kernel(x, out, dropout, rows, columns, rescale: tl.float64, ROWS: t
 def dropout_fwd(call: DropoutCall) -> Tensor:
     """Returns the result of a canonical call, contiguous."""
     out = torch.empty_like(call.input, memory_format=torch.contiguous_format)
-    run(*_launch(call, out))
+    run(_launch(call, out))
     return out
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastattn.kernels import philox
 from fastattn.kernels.activation import activate, slope
 from fastattn.kernels.dropout import dropout_argument
-from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision
+from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, start
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
@@ -34,7 +34,6 @@ from fastattn.kernels.product import (
     place,
     product,
     product_tiles,
-    start,
     store,
     strided,
 )

@@ -73,10 +73,16 @@ def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -
     raise UnsupportedError(op, {"triton": [f"this GPU has too little shared memory for the smallest tile {tiles[-1]}"]})
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def start(launch: Launch) -> None:
+    """Launches a kernel, inside of :func:`launch` or :func:`run`."""
+    kernel, grid, arguments, options = launch
+    kernel[grid](*arguments, **options)
+
+
+def run(launch: Launch) -> None:
     """Launches a kernel that fits every GPU; in the interpreter, so that it computes what a GPU computes."""
     with as_on_a_gpu() if is_interpreting() else nullcontext():
-        kernel[grid](*arguments, **options)
+        start(launch)
 
 
 @cache

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, run
+from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, run, start
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
@@ -27,7 +27,6 @@ from fastattn.kernels.product import (
     place,
     product,
     product_tiles,
-    start,
     store,
     strided,
 )
@@ -241,7 +240,7 @@ def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tens
             start(_shares_launch(tile, call, hidden, target, statistics))
 
         launch("linear_cross_entropy", product_tiles(hidden.device, hidden.dtype, tokens, 2), begin)
-        run(*_join_launch(call, target, statistics, each, lse))
+        run(_join_launch(call, target, statistics, each, lse))
     if call.reduction == "none":
         return each, lse
     total = sum_rows(each.view(-1, 1), each.dtype)[0] if tokens else each.sum()

@@ -320,7 +320,7 @@ def norm_backward_parameters(
 def norm_fwd(call: NormCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns ``(out, total, mean, rstd)`` of a canonical call."""
     outputs = empty_outputs(call)
-    run(*forward_launch(call, *outputs))
+    run(forward_launch(call, *outputs))
     return outputs
 
 
@@ -355,7 +355,7 @@ def norm_bwd(call: NormBackwardCall) -> list[Tensor | None]:
     blocks = min(MOST_BLOCKS, call.rstd.numel())
     partial = [None if g is None else call.input.new_empty(blocks, columns, dtype=wide) for g in grads[1:]]
     for launch in backward_launches(call, grads[0], *partial):
-        run(*launch)
+        run(launch)
     for at, sums in enumerate(partial, 1):
         grad = grads[at]
         if grad is not None and sums is not None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision
+from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -148,9 +148,9 @@ def add_product(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Returns ``total`` plus a tile of ``a @ b`` for a [rows, depth] and b [depth, columns]."""
-    for start in range(0, depth, DEPTH):
-        left = load(a, first_row, start, rows, depth, ROWS, DEPTH)
-        right = load(b, start, first_column, depth, columns, DEPTH, COLUMNS)
+    for at in range(0, depth, DEPTH):
+        left = load(a, first_row, at, rows, depth, ROWS, DEPTH)
+        right = load(b, at, first_column, depth, columns, DEPTH, COLUMNS)
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
@@ -251,12 +251,6 @@ def product_launch(
     arguments = (strided(a), strided(b), strided(more_a), strided(more_b), bias, strided(out), rows, columns, depth)
     options = {"ADD": add, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
     return product_kernel, (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
-
-
-def start(launch: Launch) -> None:
-    """Launches a kernel, inside of ``launch.launch``."""
-    kernel, grid, arguments, options = launch
-    kernel[grid](*arguments, **options)
 
 
 def linear_fwd(call: LinearCall) -> list[Tensor]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastattn.kernels import philox
 from fastattn.kernels.tile import accumulator, finish_scores
+from fastattn.spec.attention import AttentionCall, lse_dtype
+
+
+def empty_statistics(call: AttentionCall, lse: Tensor) -> list[Tensor]:
+    """Returns room for shift, factor and delta of every query, like ``lse`` [batch, num_heads_q, seq_len_q]."""
+    return [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
 
 
 @triton.jit

@@ -278,7 +278,7 @@ def softmax_fwd(call: SoftmaxCall) -> Tensor:
     out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
     views, sizes = row_views(call.dim, call.input, out, call.mask)
     for launch in launches(call, views, sizes, out.dtype, backward=False):
-        run(*launch)
+        run(launch)
     return out
 
 
@@ -287,7 +287,7 @@ def softmax_bwd(call: SoftmaxBackwardCall) -> Tensor:
     dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)
     views, sizes = row_views(call.dim, call.out, call.dout, dinput, call.mask)
     for launch in launches(call, views, sizes, call.out.dtype, backward=True):
-        run(*launch)
+        run(launch)
     return dinput
 
 

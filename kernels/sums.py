@@ -59,7 +59,7 @@ def sum_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch(matrix: Tensor, out: Tensor) -> None:
     if matrix.shape[1] == 0:
         return
-    run(*_sums(matrix, out))
+    run(_sums(matrix, out))
 
 
 def _sums(matrix: Tensor, out: Tensor) -> Launch:

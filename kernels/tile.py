@@ -140,3 +140,14 @@ def add_seen(to, weights, values, seen, COUNT: tl.constexpr):
         may = tl.max((seen & here[None, :]).to(tl.int32), axis=1) > 0
         to += tl.where(may[:, None], weight[:, None] * value[None, :], 0.0)
     return to
+
+
+@triton.jit
+def split_log_total(log_total):
+    """Returns ``(whole, rest)`` of the binary logarithms of rows' totals, such that a probability is
+    ``exp2(score - whole) * exp2(rest)``: whole powers of two are subtracted exactly, and nothing of the rest is lost.
+
+    ``whole`` is 0 for an empty row; nothing is left over of an infinite one.
+    """
+    whole = tl.where(log_total == float("-inf"), 0.0, tl.floor(log_total + 0.5))
+    return whole, tl.where(tl.abs(log_total) == float("inf"), 0.0, whole - log_total)

@@ -18,20 +18,9 @@ from fastattn.spec.attention_weights import weights_call
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def call_of(query, key, value, *, mask=None, bias=None, dropout_p=0.0, backend="cpu"):
-    return attention_call(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        dropout_p=dropout_p,
-        softmax_scale=None,
-        softcap=None,
-        sinks=None,
-        generator=torch.Generator().manual_seed(1),
-        backend=backend,
-    )
+def call_of(query, key, value, **options):
+    options = {"backend": "cpu", "generator": torch.Generator().manual_seed(1), **options}
+    return attention_call(query, key, value, **options)
 
 
 def qkv(dtype, batch=2, heads=2, rows=110, keys=300, dim=64):

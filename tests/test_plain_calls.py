@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -330,3 +332,31 @@ def test_compiled_calls_meet_the_op():
     compiled = torch.compile(lambda x: fastattn.softmax(x), backend=backend, fullgraph=True)
     assert torch.equal(compiled(X), fastattn.softmax(X))
     assert any("fastattn.softmax" in name for name in seen)
+
+
+def test_tensors_are_read_by_their_attributes_where_torch_offers_no_exchange():
+    """As in a torch whose tensor type carries no DLPack table: the same bits, on either way, and nothing declined."""
+    code = """
+import torch
+{without}
+import fastattn
+from fastattn.backends.extension import plain
+x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(1))
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    q = x.to(dtype)
+    assert isinstance(plain.softmax(q, -1, 1.0, False), torch.Tensor)
+    assert plain.softmax(q.int(), -1, 1.0, False) is None
+    leaf = q.transpose(1, 2).requires_grad_()
+    results = [fastattn.attention(leaf, leaf, leaf), fastattn.softmax(leaf), fastattn.layer_norm(leaf, None, None)]
+    results += torch.autograd.grad(sum(r.double().square().sum() for r in results), leaf)
+    print([t.double().flatten().tolist() for t in results])
+"""
+    without = "torch.Tensor.__dlpack_c_exchange_api__ = None"
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(without=line)], check=True, capture_output=True, text=True
+        ).stdout
+        for line in ("", without)
+    ]
+    assert outputs[0].count("\n") == 4
+    assert outputs[0] == outputs[1]

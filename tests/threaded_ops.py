@@ -98,17 +98,7 @@ def ops() -> dict[str, Op]:
         ),
     }
     for tensors in (long, qkv(2, 4, 2, 200, 330, 64, torch.bfloat16)):
-        call = attention_call(
-            *tensors,
-            mask=Causal(),
-            bias=None,
-            dropout_p=0.0,
-            softmax_scale=None,
-            softcap=None,
-            sinks=None,
-            generator=None,
-            backend="cpu",
-        )
+        call = attention_call(*tensors, mask=Causal(), backend="cpu")
         found[f"attention with weights {call.query.dtype}"] = lambda call=call: list(attend_with_weights(call))
     for reduce in ("head_mean", "key_sum", "entropy", "pooled"):
         found[f"weights {reduce}"] = lambda reduce=reduce: [fastattn.attention_weights(*long[:2], reduce=reduce)]

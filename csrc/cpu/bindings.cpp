@@ -1,6 +1,7 @@
 // The kernels, to Python. A call comes as the NamedTuple of fastattn.spec, already validated; its tensors are read
 // through python_tensor.h. Each kernel has one register_* function, which fills its argument struct and runs it without
-// the GIL. Beside it plain_calls.cpp serves the plainest calls in one step; no other file knows Python.
+// the GIL. Beside it plain_calls.cpp and plain_gradients.cpp serve the plainest calls in one step; no other file knows
+// Python.
 //
 // Longer than 400 lines because every kernel is bound here and nowhere else.
 #include <pybind11/pybind11.h>

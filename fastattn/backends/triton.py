@@ -85,7 +85,11 @@ class TritonBackend(RowOps, Backend):
         if not reasons and device.type == "cuda":
             why = too_old(torch.cuda.current_device() if device.index is None else device.index)
             reasons += [] if why is None else [why]
-        if isinstance(call, AttentionCall) and max(call.query.shape[3], call.value.shape[3]) > MAX_HEAD_DIM:
+        attention = call.attention if isinstance(call, WeightsCall) else call
+        if (
+            isinstance(attention, AttentionCall)
+            and max(attention.query.shape[3], attention.value.shape[3]) > MAX_HEAD_DIM
+        ):
             reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
         return reasons
 

@@ -104,10 +104,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             mask=mask,
             bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
-            softmax_scale=None,
-            softcap=None,
-            sinks=None,
-            generator=None,
             backend=_dispatch.resolve(None),
         )
         weights: Tensor | None = None

@@ -317,12 +317,7 @@ class _PlainAttention(torch.autograd.Function):
             key,
             value,
             mask=masks.Window(left, right, "bottom_right" if last else "top_left"),
-            bias=None,
-            dropout_p=0.0,
             softmax_scale=softmax_scale,
-            softcap=None,
-            sinks=None,
-            generator=None,
             backend="",
         )
         needed = [*needed[:3], *(False,) * (len(DIFFERENTIABLE) - 3)]

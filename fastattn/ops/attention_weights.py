@@ -103,11 +103,8 @@ def attention_weights(
         key,
         mask=mask,
         bias=bias,
-        dropout_p=0.0,
         softmax_scale=softmax_scale,
         softcap=softcap,
-        sinks=None,
-        generator=None,
         backend=_dispatch.resolve(backend),
     )
     call = select_rows(select_heads(call, heads), rows)

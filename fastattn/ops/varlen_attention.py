@@ -96,11 +96,9 @@ def varlen_attention(
             *(t.transpose(0, 1)[None] for t in (q, k, v)),
             mask=mask,
             bias=bias,
-            dropout_p=0.0,
             softmax_scale=softmax_scale,
             softcap=softcap,
             sinks=sinks,
-            generator=None,
             backend=_dispatch.resolve(backend),
         )
         if state is not None:

@@ -55,7 +55,8 @@ class SwapReport:
         return "\n\n".join(parts)
 
     def _headline(self) -> str:
-        served_by = next(b.name for b in ALL if b.unavailable() is None and self.device_type in b.device_types)
+        here = (b.name for b in ALL if b.unavailable() is None and self.device_type in b.device_types)
+        served_by = next(here, f"none for {self.device_type}")
         text = f"{self.model_name}: {len(self.swapped)} modules now run on fastattn (backend: {served_by})"
         return text + (f", {self.already} did before" if self.already else "")
 
