@@ -7,11 +7,13 @@ GPU yet: they are what fits registers and shared memory by the compiler's report
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 
-from fastattn.kernels.launch import Tile
+from fastattn.kernels.launch import Tile, padded
 from fastattn.masks import Causal, KeyLengths
 from fastattn.spec.attention import AttentionCall, attention_call
 
@@ -110,10 +112,79 @@ DECODE: Table = {
     },
 }
 DECODE[90] = DECODE[100] = DECODE[80]
+TABLES: dict[str, Table] = {
+    "forward": FORWARD,
+    "decode": DECODE,
+    "backward_keys": BACKWARD_KEYS,
+    "backward_queries": BACKWARD_QUERIES,
+    "square": SQUARE,
+}
+_forced: dict[str, Tile] = {}
+
+# Bytes of shared memory that a program may have, and the accumulators that a thread has registers for besides all else.
+_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+_ACCUMULATORS = 208
+# Of each table's kernel, how many tiles of scores are alive at once, and of how many of a tile's dimensions (0 for its
+# rows, 1 for its columns) it adds up a sum of head_dim columns.
+_ALIVE: dict[str, tuple[int, tuple[int, ...]]] = {
+    "forward": (1, (0,)),
+    "decode": (1, (0,)),
+    "backward_keys": (2, (1, 1)),
+    "backward_queries": (2, (0,)),
+    "square": (2, ()),
+}
+
+
+@contextmanager
+def using(name: str, tile: Tile) -> Iterator[None]:
+    """Makes every kernel of the table of that name (a key of ``TABLES``) take ``tile``, whatever the call.
+
+    Calls that it does not fit raise ``UnsupportedError`` then, and so a search learns that it does not.
+    """
+    before = dict(_forced)
+    _forced[name] = tile
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Tile]:
+    """Yields the tiles that are worth a search for a call: first those of the table ``TABLES[name]``, then every other
+    that shared memory and registers have room for by a rough count; the compiler has the last word."""
+    table = TABLES[name]
+    own = choose(table, call, architecture)
+    yield from own
+    size, dim = call.query.element_size(), padded(max(call.query.shape[3], call.value.shape[3]))
+    scores, sums = _ALIVE[name]
+    known = max((a for a in _SHARED if a <= architecture), default=80)
+    all_rows = (16,) if name == "decode" else (64, 128, 256) if size == 2 else (16, 32, 64)
+    all_columns = (16, 32, 64, 128, 256) if name == "decode" else (32, 64, 128) if size == 2 else (16, 32, 64)
+    for rows, columns, num_warps, num_stages in product(all_rows, all_columns, (4, 8), (1, 2, 3, 4)):
+        # The rows of a product are shared out among warps, 16 each.
+        owned = min(((rows, columns)[axis] for axis in sums), default=rows)
+        if (name == "square" and rows != columns) or (name != "decode" and size == 2 and owned < 16 * num_warps):
+            continue
+        accumulators = scores * rows * columns + sum((rows, columns)[axis] * dim for axis in sums)
+        # A step's two tiles for each stage, and what stays for the whole loop.
+        step, stay = (rows, columns) if name == "backward_keys" else (columns, rows)
+        shared = size * dim * (2 * step * num_stages + stay)
+        if accumulators * max(size, 4) > 4 * 32 * num_warps * _ACCUMULATORS or shared > _SHARED[known]:
+            continue
+        tile = Tile(rows, columns, num_warps, num_stages)
+        if tile not in own:
+            yield tile
+        if name == "forward" and size == 2 and known >= 90 and num_stages > 1:
+            yield tile._replace(boxes=False)
 
 
 def choose(table: Table, call: AttentionCall, architecture: int) -> tuple[Tile, ...]:
-    """Returns the tiles to try for a call: those of the newest architecture of the table that is not newer."""
+    """Returns the tiles to try for a call: those of the newest architecture of the table that is not newer, or the one
+    that :func:`using` names."""
+    for name, tile in _forced.items():
+        if TABLES[name] is table:
+            return (tile,)
     known = table[max(a for a in table if a <= architecture)]
     dim = max(call.query.shape[3], call.value.shape[3])
     return next(tile for (size, most), tile in known.items() if size == call.query.element_size() and dim <= most)
@@ -125,7 +196,7 @@ def calls(table: Table, architecture: int) -> Iterator[tuple[str, AttentionCall,
     for (size, dim), choices in table[architecture].items():
         for tile in choices:
             for name, call in example_calls(dtypes[size], dim):
-                yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tuple(tile)}", call, tile
+                yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tile}", call, tile
 
 
 def example_calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, AttentionCall]]:
