@@ -145,8 +145,8 @@ def _add_queries(
             seen = masking.visible(
                 problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
             )
-            dv = add_seen(dv, p, do, seen, ROWS)
-            dk = add_seen(dk, dx, q, seen, ROWS)
+            dv = add_seen(dv, p, do, seen)
+            dk = add_seen(dk, dx, q, seen)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
             dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
@@ -260,7 +260,7 @@ def _add_keys(
             seen = masking.visible(
                 problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
             )
-            dq = add_seen(dq, dx, k, seen, KEYS)
+            dq = add_seen(dq, dx, k, seen)
         else:
             dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
         if dbias.data is not None:

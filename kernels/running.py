@@ -58,7 +58,7 @@ def add_tiles(
             seen = masking.visible(
                 problem.mask, batch, heads, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
             )
-            out = add_seen(out, p, v, seen, KEYS)
+            out = add_seen(out, p, v, seen)
         else:
             out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=out.dtype)
     return out, top, total

@@ -122,23 +122,32 @@ def all_finite(values):
 
 
 @triton.jit
-def add_seen(to, weights, values, seen, COUNT: tl.constexpr):
+def add_seen(to, weights, values, seen):
     """Returns ``to + weights @ values`` over the pairs that ``seen`` allows: 0 * NaN is NaN, so what may not be seen
     must not be touched.
 
+    What is finite is multiplied as ever, the rest being 0. How often a sum meets NaN, infinity and minus infinity is
+    counted by products of zeros and ones, and added as such: infinities of both signs make NaN by themselves.
+
     Args:
         to: [rows, columns].
-        weights: [rows, COUNT].
-        values: [COUNT, columns], of which any element may be NaN or infinite.
-        seen: bool [rows, COUNT].
+        weights: [rows, count], 0 where ``seen`` is not.
+        values: [count, columns], of which any element may be NaN or infinite.
+        seen: bool [rows, count].
     """
-    each = tl.arange(0, COUNT)
-    for k in range(COUNT):
-        here = each == k
-        weight = tl.sum(tl.where(here[None, :], weights, 0.0), axis=1)
-        value = tl.sum(tl.where(here[:, None], values, 0.0).to(to.dtype), axis=0)
-        may = tl.max((seen & here[None, :]).to(tl.int32), axis=1) > 0
-        to += tl.where(may[:, None], weight[:, None] * value[None, :], 0.0)
+    wide = values.to(to.dtype)
+    clean = tl.where(wide - wide == 0, wide, 0.0).to(values.dtype)
+    to = tl.dot(weights.to(values.dtype), clean, to, input_precision="ieee", out_dtype=to.dtype)
+    if not all_finite(wide):
+        up, down = (wide == float("inf")).to(tl.float16), (wide == float("-inf")).to(tl.float16)
+        plus, minus = (seen & (weights > 0)).to(tl.float16), (seen & (weights < 0)).to(tl.float16)
+        nothing = (seen & (weights == 0)).to(tl.float16)
+        rises = tl.dot(plus, up, tl.dot(minus, down))
+        falls = tl.dot(plus, down, tl.dot(minus, up))
+        lost = tl.dot(seen.to(tl.float16), (wide != wide).to(tl.float16), tl.dot(nothing, up + down))
+        to += tl.where(rises > 0, float("inf"), 0.0)
+        to += tl.where(falls > 0, float("-inf"), 0.0)
+        to += tl.where(lost > 0, float("nan"), 0.0)
     return to
 
 
