@@ -1,12 +1,12 @@
 """Triton's interpreter, made to compute what a GPU computes.
 
 Triton 3.6 cuts float32 off where a GPU rounds it to bfloat16, and multiplies the bits of bfloat16 as integers. Here
-PyTorch rounds, and products are of the numbers.
+PyTorch rounds, and products are of the numbers. And NumPy 2.4 makes no number of an array with one element any more,
+which the interpreter wants of the bounds of a loop.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,12 +26,12 @@ def is_interpreting() -> bool:
 def as_on_a_gpu() -> Iterator[None]:
     """Lets kernels that are launched inside round and multiply as on a GPU.
 
-    NumPy's warnings, of the interpreter's conversions and of -inf and NaN, which are meant, are silent.
+    NumPy's warnings of -inf and NaN, which are meant, are silent.
     """
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    cut_off, multiply = interpreter._convert_float, builder.create_dot
+    cut_off, multiply, patch = interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor
 
     def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -49,10 +49,13 @@ def as_on_a_gpu() -> Iterator[None]:
     def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
         return multiply(self, widen(a), widen(b), *others)
 
-    interpreter._convert_float, builder.create_dot = convert, dot
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor = convert, dot, patch_index
     try:
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with np.errstate(all="ignore"):
             yield
     finally:
-        interpreter._convert_float, builder.create_dot = cut_off, multiply
+        interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor = cut_off, multiply, patch

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from triton.runtime.errors import OutOfResources
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from fastattn.errors import UnsupportedError
 from fastattn.kernels.interpreter import as_on_a_gpu, is_interpreting
@@ -60,11 +61,12 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 AnyTile = TypeVar("AnyTile", bound=tuple[int, ...])
 
-_fitting: dict[tuple[str, tuple[tuple[int, ...], ...]], int] = {}
+# Of each op, its tiles and GPU: the tiles that did not fit, and why the last of them did not.
+_failed: dict[tuple[str, tuple[tuple[int, ...], ...], int], tuple[int, str]] = {}
 
 
 def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -> None:
-    """Calls ``start`` with the first tile for which the GPU has the shared memory.
+    """Calls ``start`` with the first tile for which the current GPU has shared memory, registers and instructions.
 
     Args:
         op: for messages.
@@ -74,15 +76,21 @@ def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -
     Raises:
         UnsupportedError: none fits.
     """
-    key = (op, tuple(tiles))
-    while (at := _fitting.get(key, 0)) < len(tiles):
+    interpreting = is_interpreting()
+    key = (op, tuple(tiles), -1 if interpreting else torch.cuda.current_device())
+    while True:
+        number, why = _failed.get(key, (0, ""))
+        if number == len(tiles):
+            raise UnsupportedError(op, {"triton": [why]})
         try:
-            with as_on_a_gpu() if is_interpreting() else nullcontext():
-                start(tiles[at])
+            with as_on_a_gpu() if interpreting else nullcontext():
+                start(tiles[number])
             return
-        except OutOfResources:
-            _fitting[key] = at + 1
-    raise UnsupportedError(op, {"triton": [f"this GPU has too little shared memory for the smallest tile {tiles[-1]}"]})
+        except OutOfResources as error:
+            needs = f"the smallest tile {tuple(tiles[number])} needs {error.required} of {error.name}"
+            _failed[key] = number + 1, f"{needs}, and this GPU has {error.limit}"
+        except PTXASError as error:
+            _failed[key] = number + 1, f"the assembler of triton {triton.__version__} has no code for this GPU: {error}"
 
 
 def start(launch: Launch) -> None:
@@ -91,10 +99,18 @@ def start(launch: Launch) -> None:
     kernel[grid](*arguments, **options)
 
 
-def run(launch: Launch) -> None:
-    """Launches a kernel that fits every GPU; in the interpreter, so that it computes what a GPU computes."""
-    with as_on_a_gpu() if is_interpreting() else nullcontext():
-        start(launch)
+def run(kernel_launch: Launch) -> None:
+    """Launches a kernel whose only tile fits every GPU that kernels are for.
+
+    Raises:
+        UnsupportedError: it does not fit this one.
+    """
+    kernel, _, _, options = kernel_launch
+    launch(
+        kernel.fn.__name__.strip("_"),
+        [tuple(v for v in options.values() if type(v) is int)],
+        lambda _: start(kernel_launch),
+    )
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,8 +12,7 @@ from attention_cases import CASES, arguments, inputs
 from conftest import TRITON
 
 import fastattn
-from fastattn.backends import BY_NAME, triton
-from fastattn.errors import UnsupportedError
+from fastattn.backends import BY_NAME
 from fastattn.ops import _dispatch
 from fastattn.spec.attention import attention_call
 
@@ -26,14 +23,6 @@ def call(head_dim=8, backend="triton"):
     query = torch.randn(1, 2, 5, head_dim)
     options = dict.fromkeys(("mask", "bias", "softmax_scale", "softcap", "sinks", "generator"))
     return attention_call(query, query, query, **options, dropout_p=0.0, backend=backend)
-
-
-@pytest.fixture
-def fresh():
-    """Lets what is known of the installation be found out anew, before and after."""
-    triton.missing.cache_clear()
-    yield
-    triton.missing.cache_clear()
 
 
 def test_it_serves_who_asks_for_it_and_no_one_else_on_cpu():
@@ -49,51 +38,6 @@ def test_it_serves_who_asks_for_it_and_no_one_else_on_cpu():
     assert torch.equal(out, again)
     torch.testing.assert_close(out, usual)
     assert any("for tests" in reason for reason in BY_NAME["triton"].refuses("attention", call(backend="")))
-
-
-def test_without_the_interpreter_there_is_no_gpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    status = fastattn.backends()["triton"]
-    assert not status.available
-    assert "no GPU" in status.reason
-    with pytest.raises(UnsupportedError, match=r"no GPU(.|\n)*runs on cuda, got tensors on cpu"):
-        fastattn.attention(*(torch.randn(1, 2, 5, 8) for _ in range(3)), backend="triton")
-
-
-@pytest.mark.usefixtures("fresh")
-def test_without_triton(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert fastattn.backends()["triton"].reason.startswith("triton is not installed: pip install")
-
-
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize(
-    ("version", "fits"), [("3.5.1", False), ("2.3.0", False), ("3.6.0", True), ("4.0.0+git1", True)]
-)
-def test_a_triton_that_is_too_old(version, fits, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    status = fastattn.backends()["triton"]
-    assert status.available == fits
-    assert fits or f"triton {version} is too old" in status.reason
-
-
-def test_a_gpu_that_is_too_old(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    for capability, reason in [((7, 5), "Tesla T4 has compute capability 7.5, kernels need 8.0"), ((9, 0), None)]:
-        triton.too_old.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert fastattn.backends()["triton"].reason == reason
-    triton.too_old.cache_clear()
-
-
-def test_what_it_has_no_kernel_for():
-    reasons = BY_NAME["triton"].refuses("crochet", call(head_dim=300))
-    assert reasons == ["has no kernel for crochet", "takes a head_dim of at most 256"]
-    with pytest.raises(UnsupportedError, match="head_dim of at most 256"):
-        fastattn.attention(*call(head_dim=300)[:3], backend="triton")
 
 
 def test_triton_is_imported_by_its_first_call():

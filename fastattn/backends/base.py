@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
+
+_ANYWHERE = nullcontext()
 
 
 class Backend:
     """A set of kernels.
 
     An op ``x`` is served by the method ``x(call)`` (and ``x_backward(call, ...)``), which allocates outputs and
-    launches; the call comes validated from ``fastattn.spec``.  A backend without the method does not have the op.
+    launches; the call comes validated from ``fastattn.spec``.  A backend without the method does not have the op; a
+    method that finds that it cannot serve the call here raises ``UnsupportedError`` with ``{name: [reason]}``.
     """
 
     name: ClassVar[str]
@@ -20,6 +24,10 @@ class Backend:
     def unavailable(self) -> str | None:
         """Returns why this backend cannot run here and how to get it, or None if it can."""
         return None
+
+    def on_device_of(self, call: NamedTuple) -> AbstractContextManager[object]:
+        """Returns a context in which the device of ``call`` is the current one, for backends that launch there."""
+        return _ANYWHERE
 
     def refuses(self, op: str, call: NamedTuple) -> list[str]:
         """Returns every reason against serving ``call``; an empty list means it is supported."""

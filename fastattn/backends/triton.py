@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import NamedTuple
 
@@ -36,17 +38,50 @@ def interpreted() -> bool:
 @cache
 def missing() -> str | None:
     """Returns what is wrong with the Triton that is installed, or None."""
-    if importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    # Without an origin it is nothing but a folder of that name.
+    if found is None or found.origin is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a build under another name
-        import triton
-
+        try:
+            import triton
+        except Exception as error:
+            return _does_not_work(error)
         version = triton.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < LEAST_TRITON:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < LEAST_TRITON:
         return f"triton {version} is too old: pip install 'triton>=3.6'"
     return None
+
+
+@cache
+def broken() -> str | None:
+    """Returns why the Triton that is installed does not work here, or None; this imports it."""
+    try:
+        import triton
+
+        # Its first use builds what talks to the GPU's driver, which takes a C compiler and Python's headers.
+        if not interpreted():
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return _does_not_work(error)
+    return None
+
+
+def _does_not_work(error: Exception) -> str:
+    return f"triton is installed, but does not work here: {type(error).__name__}: {error}"
+
+
+def other_mode() -> str | None:
+    """Returns whether Triton was imported in another mode than TRITON_INTERPRET asks for now; imports it."""
+    from triton.language import cdiv
+    from triton.runtime.jit import JITFunction
+
+    if isinstance(cdiv, JITFunction) != interpreted():
+        return None
+    return "TRITON_INTERPRET has changed since triton was imported: set it before"
 
 
 @cache
@@ -75,7 +110,17 @@ class TritonBackend(RowOps, Backend):
         if not torch.cuda.is_available():
             return "there is no GPU (with TRITON_INTERPRET=1 kernels run on the CPU, slowly, for tests)"
         reasons = [too_old(device) for device in range(torch.cuda.device_count())]
-        return None if None in reasons else "; ".join(filter(None, reasons))
+        if None not in reasons:
+            return "; ".join(filter(None, reasons))
+        # Known once a call has asked: to find out, Triton must be imported.
+        return broken() if broken.cache_info().currsize else None
+
+    def on_device_of(self, call: NamedTuple) -> AbstractContextManager[object]:
+        device: torch.device = call[0].device
+        # Triton launches on the current GPU, whatever its arguments lie on.
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return super().on_device_of(call)
+        return torch.cuda.device(device)
 
     def refuses(self, op: str, call: NamedTuple) -> list[str]:
         reasons = super().refuses(op, call)
@@ -91,6 +136,9 @@ class TritonBackend(RowOps, Backend):
             and max(attention.query.shape[3], attention.value.shape[3]) > MAX_HEAD_DIM
         ):
             reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
+        if not reasons:
+            why = broken() or other_mode()
+            reasons += [] if why is None else [why]
         return reasons
 
     def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

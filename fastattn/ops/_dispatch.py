@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,19 @@ class _Observers(threading.local):
 _requested = _Requested()
 _observers = _Observers()
 
+_Result = TypeVar("_Result")
+
 _warned: set[tuple[str, str]] = set()
+# For each backend, the ops that it found it cannot serve here as it launched them, and why.
+_failed: dict[str, dict[str, str]] = {}
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run here, and if not, why and how to get it."""
+    """Whether a backend can run here, and if not, why and how to get it.
+
+    Of one that can, ``reason`` is None, or names the calls that it turned out not to serve here, such as those for
+    which the GPU has too little shared memory.
+    """
 
     available: bool
     reason: str | None
@@ -43,7 +51,8 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for backend in _backends.ALL:
         why = backend.unavailable()
-        found[backend.name] = BackendStatus(why is None, why)
+        failed = (f"{op}: {reason}" for op, reason in _failed.get(backend.name, {}).items())
+        found[backend.name] = BackendStatus(why is None, why or "; ".join(failed) or None)
     return found
 
 
@@ -92,20 +101,49 @@ def observe(callback: Callable[[str, Any, Backend], None] | None) -> Iterator[No
         _observers.callbacks = before
 
 
-def choose(op: str, call: Any) -> Backend:
-    """Returns the backend for ``call``: the one it names, else the first that supports it.
+def serve(op: str, call: Any, compute: Callable[[Any], _Result]) -> _Result:
+    """Returns ``compute(backend)`` of the backend for ``call``: the one it names, else the first that supports it.
+
+    A backend may find only as it launches that it cannot serve a call; the automatic choice then asks the next one.
 
     Raises:
         UnsupportedError: with each backend's reasons.
     """
-    backend = _choose(op, call)
+    failed: dict[str, list[str]] = {}
+    while True:
+        backend = choose(op, call, failed)
+        try:
+            with backend.on_device_of(call):
+                return compute(backend)
+        except UnsupportedError as error:
+            why = error.reasons.get(backend.name)
+            if why is None:
+                raise
+            _failed.setdefault(backend.name, {})[error.op] = ", ".join(why)
+            if call.backend:
+                raise
+            failed[backend.name] = why
+
+
+def choose(op: str, call: Any, failed: Mapping[str, list[str]] | None = None) -> Backend:
+    """Returns the backend for ``call``: the one it names, else the first that supports it.
+
+    Args:
+        op: name of the op.
+        call: canonical.
+        failed: backends that have tried, and why they could not.
+
+    Raises:
+        UnsupportedError: with each backend's reasons.
+    """
+    backend = _choose(op, call, failed or {})
     for callback in _observers.callbacks:
         with observe(None):
             callback(op, call, backend)
     return backend
 
 
-def _choose(op: str, call: Any) -> Backend:
+def _choose(op: str, call: Any, failed: Mapping[str, list[str]]) -> Backend:
     if call.backend:
         backend = _backends.BY_NAME[call.backend]
         why = backend.refuses(op, call)
@@ -114,7 +152,7 @@ def _choose(op: str, call: Any) -> Backend:
         return backend
     reasons: dict[str, list[str]] = {}
     for backend in _backends.ALL:
-        why = backend.refuses(op, call)
+        why = failed.get(backend.name) or backend.refuses(op, call)
         if not why:
             if backend.name == "reference":
                 warn_reference(op, "; ".join(f"{name}: {', '.join(r)}" for name, r in reasons.items()))

@@ -30,7 +30,7 @@ def define(
     Args:
         name: of the op.
         schema: arguments and results, as in "(Tensor x, float y) -> Tensor".
-        kernel: computes the op on any device (it asks ``_dispatch.choose`` for a backend).  In a list of results it may
+        kernel: computes the op on any device (it asks ``_dispatch.serve`` for a backend).  In a list of results it may
             return None for one that is not wanted; the dispatcher, which has no such thing, gets an empty tensor.
         fake: returns uninitialised results of the right shapes, dtypes and strides.
         function: its first-order derivative; without one the op is not differentiable.

@@ -224,7 +224,7 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*args)
     if call.is_empty:
         return _empty_result(call)
-    return _dispatch.choose("attention", call).attention(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("attention", call, lambda backend: backend.attention(call))
 
 
 def _empty_result(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -248,8 +248,9 @@ def _backward_kernel(*args: Any) -> list[Tensor | None]:
     if call.is_empty:
         # A sink's gradient is that of its lse: the formula covers it.
         return gradients(lambda c: formula.attention(c), call, DIFFERENTIABLE, needed, _grad_outputs(lse, dout, dlse))
-    backend = _dispatch.choose("attention_backward", call)
-    return backend.attention_backward(call, out, lse, dout, dlse, needed)  # type: ignore[attr-defined]
+    return _dispatch.serve(
+        "attention_backward", call, lambda backend: backend.attention_backward(call, out, lse, dout, dlse, needed)
+    )
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

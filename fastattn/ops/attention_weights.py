@@ -140,7 +140,7 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     if 0 in call.attention.shape:
         result, indices = formula.reduced_weights(call)
         return result.to(call.attention.query.dtype), indices
-    return _dispatch.choose("attention_weights", call.attention).attention_weights(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("attention_weights", call.attention, lambda backend: backend.attention_weights(call))
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:

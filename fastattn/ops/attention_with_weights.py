@@ -45,11 +45,14 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = AttentionCall(*args)
     if call.is_empty:
         return _in_two_passes(call)
-    backend = _dispatch.choose("attention", call)
-    if hasattr(backend, "attention_with_weights"):
-        return backend.attention_with_weights(call)
-    out, lse = backend.attention(call)  # type: ignore[attr-defined]
-    return out, lse, weigh(_weights_call(call, lse))[0]
+
+    def in_one_pass(backend: Any) -> tuple[Tensor, ...]:
+        # Those that cannot return nothing for the weights.
+        one_pass = getattr(backend, "attention_with_weights", None)
+        return backend.attention(call) if one_pass is None else one_pass(call)
+
+    out, lse, *weights = _dispatch.serve("attention", call, in_one_pass)
+    return out, lse, weights[0] if weights else weigh(_weights_call(call, lse))[0]
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

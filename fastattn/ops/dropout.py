@@ -47,7 +47,7 @@ def _kernel(*args: Any) -> Tensor:
     call = DropoutCall(*args)
     if call.input.numel() == 0:
         return torch.empty_like(call.input, memory_format=torch.contiguous_format)
-    return _dispatch.choose("dropout", call).dropout(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("dropout", call, lambda backend: backend.dropout(call))
 
 
 def _fake(*args: Any) -> Tensor:

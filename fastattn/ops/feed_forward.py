@@ -109,7 +109,7 @@ def _kernel(*args: Any) -> Tensor:
     call = FeedForwardCall(*args)
     if call.num_tokens == 0:
         return empty_output(call)
-    return _dispatch.choose("feed_forward", call).feed_forward(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("feed_forward", call, lambda backend: backend.feed_forward(call))
 
 
 def _fake(*args: Any) -> Tensor:
@@ -121,8 +121,9 @@ def _backward_kernel(*args: Any) -> list[Tensor | None]:
     dout, needed = args[_NUM_FIELDS:]
     if call.num_tokens == 0:
         return [g.zero_() for g in _backward_fake(*args)]
-    backend = _dispatch.choose("feed_forward_backward", call)
-    return backend.feed_forward_backward(call, dout, needed)  # type: ignore[attr-defined]
+    return _dispatch.serve(
+        "feed_forward_backward", call, lambda backend: backend.feed_forward_backward(call, dout, needed)
+    )
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

@@ -69,7 +69,7 @@ def _kernel(*args: Any) -> list[Tensor]:
     call = LinearCall(*args)
     if call.num_tokens == 0:
         return empty_outputs(call)
-    return _dispatch.choose("linear", call).linear(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("linear", call, lambda backend: backend.linear(call))
 
 
 def _fake(*args: Any) -> list[Tensor]:
@@ -81,7 +81,7 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
     douts, needed = args[_NUM_FIELDS:]
     if call.num_tokens == 0:
         return [g.zero_() for g in _backward_fake(*args)]
-    found = _dispatch.choose("linear_backward", call).linear_backward(call, douts, needed)  # type: ignore[attr-defined]
+    found = _dispatch.serve("linear_backward", call, lambda backend: backend.linear_backward(call, douts, needed))
     return [call.input.new_empty(0) if g is None else g for g in found]
 
 

@@ -90,7 +90,7 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     if call.num_tokens == 0:
         loss, lse = empty_output(call)
         return loss.zero_(), lse
-    return _dispatch.choose("linear_cross_entropy", call).linear_cross_entropy(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("linear_cross_entropy", call, lambda backend: backend.linear_cross_entropy(call))
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,11 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
     lse, dloss, needed = args[_NUM_FIELDS:]
     if call.num_tokens == 0:
         return [g.zero_() for g in _backward_fake(*args)]
-    backend = _dispatch.choose("linear_cross_entropy_backward", call)
-    found = backend.linear_cross_entropy_backward(call, lse, dloss, needed)  # type: ignore[attr-defined]
+    found = _dispatch.serve(
+        "linear_cross_entropy_backward",
+        call,
+        lambda backend: backend.linear_cross_entropy_backward(call, lse, dloss, needed),
+    )
     return [call.hidden.new_empty(0) if g is None else g for g in found]
 
 

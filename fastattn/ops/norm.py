@@ -102,7 +102,7 @@ def _kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Nothing to write but the statistics of rows without columns: those of an empty mean.
         out, total, mean, rstd = empty_outputs(call)
         return out, total, mean.fill_(float("nan")), rstd.fill_(float("nan"))
-    return _dispatch.choose("norm", call).norm(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("norm", call, lambda backend: backend.norm(call))
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _backward_kernel(*args: Any) -> list[Tensor | None]:
     call = NormBackwardCall(*args)
     if call.input.numel() == 0:
         return [g.zero_() for g in _backward_fake(*args)]
-    return _dispatch.choose("norm_backward", call).norm_backward(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("norm_backward", call, lambda backend: backend.norm_backward(call))
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

@@ -95,7 +95,7 @@ def _kernel(*args: Any) -> Tensor:
     call = SoftmaxCall(*args)
     if call.input.numel() == 0:
         return _fake(*args)
-    return _dispatch.choose("softmax", call).softmax(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("softmax", call, lambda backend: backend.softmax(call))
 
 
 def _fake(*args: Any) -> Tensor:
@@ -107,7 +107,7 @@ def _backward_kernel(*args: Any) -> Tensor:
     call = SoftmaxBackwardCall(*args)
     if call.out.numel() == 0:
         return _backward_fake(*args)
-    return _dispatch.choose("softmax_backward", call).softmax_backward(call)  # type: ignore[attr-defined]
+    return _dispatch.serve("softmax_backward", call, lambda backend: backend.softmax_backward(call))
 
 
 def _backward_fake(*args: Any) -> Tensor:
