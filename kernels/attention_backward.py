@@ -95,7 +95,8 @@ def _attention_bwd_rows_kernel(
 
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     row_end = tl.minimum(begin + ROWS, problem.seq_len_q)
-    column_begin, _, _, column_end = masking.key_parts(problem.mask, begin, row_end, limit, KEYS)
+    parts = masking.key_parts(problem.mask, begin, row_end, limit, KEYS)
+    column_begin, column_end = parts[0], parts[3]
     if column_end - column_begin <= KEYS:
         head_kv = head // problem.group_size
         q = load_rows(query, batch, head, begin, problem.seq_len_q, head_dim, ROWS, DIM)
