@@ -236,7 +236,9 @@ def test_the_logits_are_never_held():
     if not fastattn.backends()["cpu"].available:
         pytest.skip("needs the extension")
     inputs = tensors((2048,), 16, 20_000)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, acc_events=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         run(inputs, fused(backend="cpu"))
     held, peak = 0, 0
     for event in profile.profiler.kineto_results.events():
