@@ -70,6 +70,9 @@ class Dropout(NamedTuple):
     rescale: float
 
 
+NO_DROPOUT = Dropout(None, 0, 1.0)
+
+
 class Problem(NamedTuple):
     """Everything that the scores of a call depend on, besides queries and keys.
 

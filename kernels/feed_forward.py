@@ -1,4 +1,5 @@
-"""The feed-forward: its first product applies bias, activation, gate and dropout, its second the other bias.
+"""The feed-forward: its first product applies bias, activation, gate and dropout, its second the other bias, dropout
+and residual.
 
 A block of tokens at a time, so that the hidden activation in between stays under ``HIDDEN_BYTES``.  The backward
 computes the hidden activation again: one kernel does two or three products tile by tile and writes what the products
@@ -19,17 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import philox
 from fastattn.kernels.activation import activate, slope
-from fastattn.kernels.dropout import dropout_argument
+from fastattn.kernels.dropout import dropout_argument, dropout_fwd
 from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, start
-from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
+    Epilogue,
     ProductTile,
     add_bias,
     add_product,
     configuration_tiles,
+    drop,
     load,
     place,
     product,
@@ -42,6 +43,7 @@ from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.attention import lse_dtype
 from fastattn.spec.checks import empty_contiguous
+from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.feed_forward import DIFFERENTIABLE, FeedForwardCall, empty_output
 
 # Of hidden activations, or of one of their gradients, at a time: large enough to fill a GPU with work.
@@ -66,15 +68,6 @@ def _before(
             gate = tl.dot(left, right, gate, input_precision=PRECISION, out_dtype=gate.dtype)
     before = add_bias(before, bias, first_column, ff_dim, COLUMNS)
     return before, add_bias(gate, bias_gate, first_column, ff_dim, COLUMNS)
-
-
-@triton.jit
-def _drop(values, dropout, rescale, first_token, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns values rescaled where they survive and 0 elsewhere."""
-    if dropout.state is not None:
-        keep = philox.keep(dropout, 0 * first_column, first_token, first_column, ROWS, COLUMNS)
-        values = tl.where(keep, values * number(rescale, values.dtype)[:, None], 0.0)
-    return values
 
 
 @triton.jit
@@ -118,7 +111,7 @@ def feed_forward_hidden(
     result = activate(before, ACTIVATION)
     if weight_gate.data is not None:
         result *= gate
-    result = _drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    result = drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
     store(hidden, first_row, first_column, tokens, ff_dim, result, ROWS, COLUMNS)
 
 
@@ -180,7 +173,7 @@ def feed_forward_gradients(
         tl.zeros([ROWS, COLUMNS], before.dtype), dout, weight_out, first_row, first_column, tokens, ff_dim, out_dim,
         PRECISION, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    grad = _drop(grad, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    grad = drop(grad, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
     result = activate(before, ACTIVATION)
     if weight_gate.data is not None:
         gate_grad = grad * result
@@ -193,7 +186,7 @@ def feed_forward_gradients(
     store(dbefore, first_row, first_column, tokens, ff_dim, grad, ROWS, COLUMNS)
     if bias_sums is not None:
         _store_sums(bias_sums, grad, first_row, first_column, tokens, ff_dim, ROWS, COLUMNS)
-    result = _drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    result = drop(result, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
     store(hidden, first_row, first_column, tokens, ff_dim, result, ROWS, COLUMNS)
 
 
@@ -202,8 +195,12 @@ def feed_forward_fwd(call: FeedForwardCall) -> Tensor:
     out = empty_output(call)
     x, to = matrix(call.input, call.input.shape[-1]), out.view(call.num_tokens, -1)
     bias = None if call.bias_out is None else call.bias_out.contiguous()
+    residual = None if call.residual is None else matrix(call.residual, to.shape[1])
+    dropout = dropout_argument(call.output_dropout_state, call.output_dropout_p)
     for rows in token_blocks(call):
-        product(_hidden(call, x[rows], rows.start), call.weight_out.t(), to[rows], bias=bias)
+        hidden, added = _hidden(call, x[rows], rows.start), None if residual is None else residual[rows]
+        epilogue = Epilogue(bias, residual=added, dropout=dropout, first_token=rows.start)
+        product(hidden, call.weight_out.t(), to[rows], epilogue)
     return out
 
 
@@ -213,6 +210,8 @@ def feed_forward_bwd(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]
         field: empty_contiguous(tensor) if need and tensor is not None else None
         for field, tensor, need in zip(DIFFERENTIABLE, (getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)
     }
+    if call.output_dropout_state is not None:
+        dout = dropout_fwd(DropoutCall(dout, call.output_dropout_state, call.output_dropout_p, call.backend))
     x, dout = matrix(call.input, call.input.shape[-1]), matrix(dout, dout.shape[-1])
     dx = None if grads["input"] is None else grads["input"].view(x.shape)
     blocks = list(token_blocks(call))
@@ -231,7 +230,7 @@ def feed_forward_bwd(call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]
             sums["bias_gate"].add_rows(bias_gate_sums)
             more = dgate, call.weight_gate
         if dx is not None:
-            product(dbefore, call.weight_in, dx[rows], more=more)
+            product(dbefore, call.weight_in, dx[rows], Epilogue(more=more))
     for total in sums.values():
         total.finish()
     return [grads[field] for field in DIFFERENTIABLE]
@@ -255,7 +254,7 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         if self.total is not None:
-            product(a, b, self.total, add=self.begun)
+            product(a, b, self.total, Epilogue(add=self.begun))
             self.begun = True
 
     def add_rows(self, rows: Tensor | None) -> None:
@@ -348,7 +347,20 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         gate, gate_bias = (weight, bias) if gated else (None, None)
         activation, dropout_p = ("silu", 0.0) if gated else ("gelu", 0.1)
         call = FeedForwardCall(
-            x, weight, bias, gate, gate_bias, weight.t(), None, state, activation, dropout_p, "triton"
+            x,
+            weight,
+            bias,
+            gate,
+            gate_bias,
+            weight.t(),
+            None,
+            x,
+            state,
+            state,
+            activation,
+            dropout_p,
+            dropout_p,
+            "triton",
         )
         name = f"{dtype} {call.activation}".replace("torch.", "") + (" gated" if gated else " dropout")
         for tile in configuration_tiles(architecture, dtype, 2):

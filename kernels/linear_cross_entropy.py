@@ -20,6 +20,7 @@ from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precisi
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
+    Epilogue,
     ProductTile,
     add_bias,
     add_product,
@@ -273,7 +274,7 @@ def linear_cross_entropy_bwd(
         weight = call.weight[classes]
         dlogits, sums = _dlogits(call, hidden, target, lse, scale, classes, dbias is not None)
         if total is not None:
-            product(dlogits, weight, total, add=classes.start > 0)
+            product(dlogits, weight, total, Epilogue(add=classes.start > 0))
         if dweight is not None:
             product(dlogits.t(), hidden, dweight[classes])
         if dbias is not None and sums is not None:

@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels import philox
+from fastattn.kernels.arguments import NO_DROPOUT, Dropout
 from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
+from fastattn.kernels.numbers import number
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -37,6 +40,29 @@ class Matrix(NamedTuple):
     data: Any
     row: int
     column: int
+
+
+class Epilogue(NamedTuple):
+    """What is done to a product before it is written.
+
+    Attributes:
+        bias: [columns], contiguous, or None.
+        more: two matrices of the product's shapes, whose product is added, or None.
+        residual: [rows, columns], any strides, or None; added last.
+        dropout: of what is added to the residual.
+        first_token: the number that dropout gives the first row.
+        add: whether to add to what is there.
+    """
+
+    bias: Tensor | None = None
+    more: tuple[Tensor, Tensor] | None = None
+    residual: Tensor | None = None
+    dropout: Dropout = NO_DROPOUT
+    first_token: int = 0
+    add: bool = False
+
+
+PLAIN = Epilogue()
 
 
 class ProductTile(NamedTuple):
@@ -165,13 +191,26 @@ def add_bias(values, bias, first_column, columns, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def drop(values, dropout, rescale, first_token, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns values [ROWS, COLUMNS] rescaled where they survive and 0 elsewhere."""
+    if dropout.state is not None:
+        keep = philox.keep(dropout, 0 * first_column, first_token, first_column, ROWS, COLUMNS)
+        values = tl.where(keep, values * number(rescale, values.dtype)[:, None], 0.0)
+    return values
+
+
+@triton.jit
 def product_kernel(
     a,
     b,
     more_a,
     more_b,
     bias,
+    residual,
     out,
+    dropout,
+    rescale: tl.float64,
+    first_token,
     rows,
     columns,
     depth,
@@ -182,7 +221,7 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Writes a tile of ``a @ b + more_a @ more_b + bias``.
+    """Writes a tile of ``dropout(a @ b + more_a @ more_b + bias) + residual``.
 
     Grid: all tiles.
 
@@ -190,7 +229,10 @@ def product_kernel(
         a: Matrix [rows, depth]; likewise ``more_a``, or one without data.
         b: Matrix [depth, columns]; likewise ``more_b``.
         bias: [columns], or None.
+        residual: Matrix [rows, columns], or one without data.
         out: Matrix [rows, columns].
+        dropout: Dropout, whose rows are counted from ``first_token``.
+        rescale: of what survives it.
         ADD: whether the result is added to what ``out`` holds.
     """
     first_row, first_column = place(rows, columns, ROWS, COLUMNS, GROUP)
@@ -202,6 +244,9 @@ def product_kernel(
             total, more_a, more_b, first_row, first_column, rows, columns, depth, PRECISION, ROWS, COLUMNS, DEPTH
         )
     total = add_bias(total, bias, first_column, columns, COLUMNS)
+    total = drop(total, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
+    if residual.data is not None:
+        total += load(residual, first_row, first_column, rows, columns, ROWS, COLUMNS).to(dtype)
     if ADD:
         total += load(out, first_row, first_column, rows, columns, ROWS, COLUMNS).to(dtype)
     store(out, first_row, first_column, rows, columns, total, ROWS, COLUMNS)
@@ -212,44 +257,28 @@ def strided(tensor: Tensor | None) -> Matrix:
     return Matrix(None, 0, 0) if tensor is None else Matrix(tensor, *tensor.stride())
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    more: tuple[Tensor, Tensor] | None = None,
-    add: bool = False,
-) -> None:
-    """Writes ``out = a @ b + bias``, plus the product of two ``more`` of the same shapes, plus ``out`` with ``add``.
+def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue = PLAIN) -> None:
+    """Writes ``out = dropout(a @ b + bias) + residual``, plus the product of two ``more``, plus ``out`` with ``add``.
 
     Args:
         a: [rows, depth], any strides.
         b: [depth, columns], likewise.
         out: [rows, columns], likewise.
-        bias: [columns], contiguous, or None.
-        more: matrices with the shapes of a and b.
-        add: whether to add to what ``out`` holds.
+        epilogue: what is done to the product before it is written.
     """
     tiles = product_tiles(a.device, a.dtype, len(out))
-    launch("product", tiles, lambda tile: start(product_launch(tile, a, b, out, bias=bias, more=more, add=add)))
+    launch("product", tiles, lambda tile: start(product_launch(tile, a, b, out, epilogue)))
 
 
-def product_launch(
-    tile: ProductTile,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    more: tuple[Tensor, Tensor] | None = None,
-    add: bool = False,
-) -> Launch:
+def product_launch(tile: ProductTile, a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue = PLAIN) -> Launch:
     """Returns what :func:`product` launches."""
     (rows, columns), depth = out.shape, a.shape[1]
-    more_a, more_b = more or (None, None)
-    arguments = (strided(a), strided(b), strided(more_a), strided(more_b), bias, strided(out), rows, columns, depth)
-    options = {"ADD": add, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
+    more_a, more_b = epilogue.more or (None, None)
+    arguments = (
+        strided(a), strided(b), strided(more_a), strided(more_b), epilogue.bias, strided(epilogue.residual),
+        strided(out), epilogue.dropout, epilogue.dropout.rescale, epilogue.first_token, rows, columns, depth,
+    )  # fmt: skip
+    options = {"ADD": epilogue.add, "PRECISION": precision(), "GROUP": GROUP, **tile.options}
     return product_kernel, (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
 
 
@@ -259,7 +288,7 @@ def linear_fwd(call: LinearCall) -> list[Tensor]:
     x = matrix(call.input, call.input.shape[-1])
     biases = [None] * call.parts if call.bias is None else call.bias.contiguous().chunk(call.parts)
     for weight, bias, out in zip(call.weight.chunk(call.parts), biases, outs, strict=True):
-        product(x, weight.t(), out.view(call.num_tokens, call.part_dim), bias=bias)
+        product(x, weight.t(), out.view(call.num_tokens, call.part_dim), Epilogue(bias))
     return outs
 
 
@@ -288,5 +317,10 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         x = torch.empty(4096, 4096, dtype=dtype, device="meta")
         for tile in configuration_tiles(architecture, dtype, 1):
             for name, a, b, bias in (("forward", x, x.t(), x[0]), ("weights' gradient", x.t(), x, None)):
-                kernel, _, arguments, options = product_launch(tile, a, b, x, bias=bias)
+                kernel, _, arguments, options = product_launch(tile, a, b, x, Epilogue(bias))
                 yield Configuration(f"linear {name} {dtype}".replace("torch.", ""), kernel, arguments, options)
+            dropout = Dropout(torch.empty(2, dtype=torch.int64, device="meta"), 1 << 29, 1.0)
+            epilogue = Epilogue(x[0], residual=x, dropout=dropout, first_token=128)
+            kernel, _, arguments, options = product_launch(tile, x, x.t(), x, epilogue)
+            name = f"linear with residual and dropout {dtype}".replace("torch.", "")
+            yield Configuration(name, kernel, arguments, options)

@@ -245,4 +245,13 @@ def test_row_cases_keep_the_rule(op):
 
 def test_row_cases_cover_every_feature():
     variants = {c.variant for c in row_cases.feed_forward_cases()}
-    assert {"relu", "gelu", "gelu_tanh", "silu", "relu, gated", "silu, gated", "relu, no biases"} <= variants
+    assert {
+        "relu",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "relu, gated",
+        "silu, gated",
+        "relu, no biases",
+        "gelu, residual",
+    } <= variants

@@ -221,6 +221,67 @@ def test_a_block_of_tokens_after_another_in_triton(dtype, monkeypatch):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [13, 69])
+def test_residual_and_last_dropout(backend, dtype, dropout_p, tokens):
+    """One call is the layer's end: x + dropout(feed_forward(x)), which draws what two calls draw."""
+    inputs = tensors((tokens,), 16, 150, gated=False, out_dim=24, dtype=dtype)
+    inputs["residual"] = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    states = [torch.randint((1 << 63) - 1, (2,), generator=generator) for _ in range(2 if dropout_p else 1)]
+    *inner, last = [keep_mask(s, 0.3, 1, tokens, n)[0] for s, n in zip(states, (150, 24)[-len(states) :], strict=True)]
+    options = {"activation": "gelu", "dropout_p": dropout_p, "output_dropout_p": 0.3, "backend": backend}
+
+    def ours(**leaves):
+        return fastattn.feed_forward(**leaves, **options, generator=torch.Generator().manual_seed(5))
+
+    def right(residual, **leaves):
+        return residual + eager("gelu", inner[0] if inner else None, 0.3)(**leaves) * last / 0.7
+
+    assert_as_exact_as_eager(run(inputs, ours), run(doubled(inputs), right), run(inputs, right))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_residual(backend, dtype, strided):
+    inputs = tensors((4, 9), 16, 50, gated=False, dtype=dtype)
+    residual = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    inputs["residual"] = residual.transpose(0, 1).contiguous().transpose(0, 1) if strided else residual
+
+    def right(residual, **leaves):
+        return residual + eager("gelu")(**leaves)
+
+    found = run(inputs, fused(activation="gelu", backend=backend))
+    assert_as_exact_as_eager(found, run(doubled(inputs), right), run(inputs, right))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_residual_by_default(dtype):
+    """Without a backend named, a plain call adds in place: the same bits, the same gradients, and only to its own."""
+    inputs = tensors((4, 9), 16, 50, gated=False, dtype=dtype)
+    inputs["residual"] = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    kept = inputs["residual"].clone()
+    alone = {name: t for name, t in inputs.items() if name != "residual"}
+    expected = run(inputs, lambda residual, **leaves: fastattn.feed_forward(**leaves) + residual)
+    for name, tensor in run(inputs, fastattn.feed_forward).items():
+        torch.testing.assert_close(tensor, expected[name])
+    with torch.no_grad():
+        assert torch.equal(fastattn.feed_forward(**inputs), fastattn.feed_forward(**alone) + kept)
+    assert torch.equal(inputs["residual"], kept)
+    only = inputs | {"residual": kept.clone().requires_grad_()}
+    (grad,) = torch.autograd.grad(fastattn.feed_forward(**only, output_dropout_p=0.5), [only["residual"]], kept)
+    assert torch.equal(grad, kept)
+
+
+def test_a_residual_in_triton_after_a_block_of_tokens(monkeypatch):
+    kernels = pytest.importorskip("fastattn.kernels.feed_forward")
+    monkeypatch.setattr(kernels, "HIDDEN_BYTES", 1)
+    test_residual_and_last_dropout("triton", torch.float32, 0.3, 150)
+
+
+@every_backend
 def test_dropout_follows_the_global_generator(backend):
     inputs = tensors((40,), 8, 64)
     torch.manual_seed(3)
@@ -322,13 +383,15 @@ def test_a_token_of_nan_stays_alone(backend, activation):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_derivatives_of_every_order(activation, gated):
     inputs = {n: t for n, t in tensors((5,), 3, 4, gated=gated, dtype=torch.float64).items() if t is not None}
+    inputs["residual"] = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaves = [t.requires_grad_() for t in inputs.values()]
     generator = torch.Generator()
 
     def block(*args):
         generator.manual_seed(0)
         full = dict.fromkeys(NAMES) | dict(zip(inputs, args, strict=True))
-        return fastattn.feed_forward(**full, activation=activation, dropout_p=0.2, generator=generator)
+        options = {"activation": activation, "dropout_p": 0.2, "output_dropout_p": 0.3, "generator": generator}
+        return fastattn.feed_forward(**full, **options)
 
     assert torch.autograd.gradcheck(block, leaves)
     assert torch.autograd.gradgradcheck(block, leaves)
@@ -352,13 +415,13 @@ def test_opcheck(gated, dtype):
     inputs = tensors((2, 9), 8, 12, gated=gated, dtype=dtype)
     args = [None if t is None else t.requires_grad_() for t in (inputs[n] for n in NAMES)]
     state = torch.tensor([3, 4])
-    torch.library.opcheck(torch.ops.fastattn.feed_forward.default, (*args, state, "gelu", 0.25, ""))
+    args.append(torch.randn(2, 9, 8, dtype=dtype).requires_grad_() if gated else None)
+    numbers = (state, state + 1 if gated else None, "gelu", 0.25, 0.5 if gated else 0.0, "")
+    torch.library.opcheck(torch.ops.fastattn.feed_forward.default, (*args, *numbers))
     dout = torch.randn(2, 9, 8, dtype=dtype)
     plain = [None if t is None else t.detach() for t in args]
-    needed = [t is not None for t in plain]
-    torch.library.opcheck(
-        torch.ops.fastattn.feed_forward_backward.default, (*plain, state, "gelu", 0.25, "", dout, needed)
-    )
+    needed = [t is not None for t in plain[:-1]]
+    torch.library.opcheck(torch.ops.fastattn.feed_forward_backward.default, (*plain, *numbers, dout, needed))
 
 
 def test_compile():
@@ -418,6 +481,11 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(activation="swish"), ValueError, "activation must be one of .*, got 'swish'"),
         (bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         (bad(dropout_p=float("nan")), ValueError, "dropout_p must be finite"),
+        (bad(output_dropout_p=-0.1), ValueError, r"output_dropout_p must be in \[0, 1\), got -0.1"),
+        (bad(residual=torch.randn(2, 3, 9)), ValueError, r"residual must have shape \[2, 3, 8\], got \[2, 3, 9\]"),
+        (bad(residual=torch.randn(8)), ValueError, r"residual must have shape \[2, 3, 8\], got \[8\]"),
+        (bad(residual=torch.randn(2, 3, 8).half()), TypeError, "residual must have input's dtype torch.float32"),
+        (bad(residual=[1.0]), TypeError, "residual must be a tensor, got list"),
         (bad(backend="tpu"), ValueError, "backend must be one of"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastattn.nn as fnn
 from fastattn import masks
-from fastattn.nn import _blocks
+from fastattn.nn import _blocks, transformer
 from fastattn.nn.kv_cache import KVCache
 
 pytestmark = [
@@ -455,6 +455,32 @@ def test_layers_are_those_of_torch(name, norm_first, activation, fusing):
             patch.setattr(_blocks, name, lambda *a, _op=op, **k: seen.append(_op) or _op(*a, **k))
         torch.testing.assert_close(ours(*inputs), expected)
     assert bool(seen) == fusing
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_layer_ends_in_one_call(name, dropout, monkeypatch):
+    """Before its residual a layer that normalises first drops what the feed-forward and a dropout drop one by one."""
+    monkeypatch.setattr(_blocks, "_fuses_feed_forward", lambda *_: True)
+    layer = getattr(fnn, name)(128, HEADS, FF, dropout, batch_first=True, norm_first=True)
+    last = layer.dropout2 if "Encoder" in name else layer.dropout3
+    x = rand(4, 40, 128).float()  # as many elements as the dropout's kernel takes
+    torch.manual_seed(1)
+    expected = x + _blocks.apply_dropout(
+        last, _blocks.feed_forward(layer.linear1, layer.activation, layer.dropout, layer.linear2, x)
+    )
+    seen = []
+    plain = _blocks.fused_feed_forward
+    monkeypatch.setattr(_blocks, "fused_feed_forward", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    torch.manual_seed(1)
+    torch.testing.assert_close(transformer._add_ff_block(layer, last, x, x), expected)
+    assert seen[0]["residual"] is x
+    assert seen[0]["output_dropout_p"] == dropout
+    layer._ff_block = torch.zeros_like  # what replaces the block is called
+    assert torch.equal(transformer._add_ff_block(layer, last, x, x), x)
+    inputs = (x,) if "Encoder" in name else (x, x)
+    assert layer(*inputs).shape == x.shape
+    assert len(seen) == 1
 
 
 @pytest.mark.usefixtures("fusing")

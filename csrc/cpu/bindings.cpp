@@ -154,7 +154,8 @@ void* read_vector(py::handle tensor, int64_t size, DType dtype) {
   return info.data;
 }
 
-// The fields of spec.FeedForwardCall, by position, with the input as [tokens, model_dim].
+// The fields of spec.FeedForwardCall, by position, with the input as [tokens, model_dim]; residual and dropout of the
+// output are applied to the result by whoever called.
 FeedForwardProblem read_feed_forward(const py::tuple& call) {
   enum Field {
     kInput,
@@ -164,7 +165,9 @@ FeedForwardProblem read_feed_forward(const py::tuple& call) {
     kBiasGate,
     kWeightOut,
     kBiasOut,
+    kResidual,
     kDropoutState,
+    kOutputDropoutState,
     kActivation,
     kDropoutP
   };
@@ -203,15 +206,18 @@ void register_isa(py::module_& m) {
 void register_dropout(py::module_& m) {
   m.def(
       "dropout",
-      [](py::handle input, py::handle state, double p, py::handle out) {
+      [](py::handle input, py::handle state, double p, py::handle out, py::handle residual) {
         const TensorInfo info = read_tensor(input);
         if (info.dims != 2) throw std::invalid_argument("input must be [rows, columns]");
-        const DropoutArgs args{info.size[0], info.size[1], read_dropout(state, p),
-                               info.dtype,   info.data,    read_pointer<void>(out)};
+        DropoutArgs args{info.size[0], info.size[1], read_dropout(state, p),
+                         info.dtype,   info.data,    read_pointer<void>(out)};
+        if (!residual.is_none()) args.residual = read_pointer<const void>(residual);
         py::gil_scoped_release release;
         FASTATTN_DISPATCH(dropout, args);
       },
-      "Writes the dropout of contiguous input [rows, columns] to contiguous out.");
+      "Writes the dropout of contiguous input [rows, columns], plus a contiguous residual unless it is None, to "
+      "contiguous out.",
+      py::arg("input"), py::arg("state"), py::arg("p"), py::arg("out"), py::arg("residual") = py::none());
 }
 
 void register_dropout_mask(py::module_& m) {

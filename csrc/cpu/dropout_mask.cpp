@@ -30,12 +30,16 @@ void dropout(const DropoutArgs& args) {
       for (int64_t row = task * kRows; row < min((task + 1) * kRows, args.rows); ++row) {
         const T* input = static_cast<const T*>(args.input) + row * args.columns;
         T* out = static_cast<T*>(args.out) + row * args.columns;
+        const T* residual =
+            args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + row * args.columns;
         for (int64_t column = 0; column < args.columns; column += 64) {
           const uint64_t bits =
               dropout_keep_bits(args.dropout, 0, static_cast<uint64_t>(row), static_cast<uint64_t>(column));
           for_each_vec<C>(min(64, args.columns - column), [&](int64_t k, auto n) {
             const auto kept = mask_from_bits<C>(bits >> k);
-            store_n(out + column + k, select(kept, load_as_n<C>(input + column + k, n) * rescale, zero), n);
+            Vec<C> found = select(kept, load_as_n<C>(input + column + k, n) * rescale, zero);
+            if (residual != nullptr) found = found + load_as_n<C>(residual + column + k, n);
+            store_n(out + column + k, found, n);
           });
         }
       }

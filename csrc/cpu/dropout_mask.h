@@ -13,13 +13,15 @@ struct DropoutMaskArgs {
   uint8_t* keep = nullptr;  // contiguous
 };
 
-// out = input * rescale where the element (slice 0) survives, else 0; both contiguous [rows, columns].
+// out = input * rescale where the element (slice 0) survives, else 0, plus a residual if there is one; all contiguous
+// [rows, columns], and any two may be one.
 struct DropoutArgs {
   int64_t rows = 0, columns = 0;
   Dropout dropout;
   DType dtype = DType::kFloat32;
   const void* input = nullptr;
   void* out = nullptr;
+  const void* residual = nullptr;
 };
 
 FASTATTN_DECLARE(void dropout(const DropoutArgs& args))

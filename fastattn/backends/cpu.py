@@ -73,12 +73,15 @@ class CpuBackend(Backend):
 
     def feed_forward(self, call: FeedForwardCall) -> Tensor:
         if call.input.dtype == torch.float64:
-            return blocked.feed_forward(call)
-        out = feed_forward_spec.empty_output(call)
-        kernels().feed_forward(_rows_contiguous(call), out.view(call.num_tokens, -1))
-        return out
+            out = blocked.feed_forward(call)
+        else:
+            out = feed_forward_spec.empty_output(call)
+            kernels().feed_forward(_rows_contiguous(call), out.view(call.num_tokens, -1))
+        return _drop_and_add(call, out)
 
     def feed_forward_backward(self, call: FeedForwardCall, dout: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        if call.output_dropout_state is not None:
+            dout = self.dropout(DropoutCall(dout, call.output_dropout_state, call.output_dropout_p, self.name))
         if call.input.dtype == torch.float64:
             return blocked.feed_forward_backward(call, dout, needed)
         grads = [
@@ -177,6 +180,16 @@ def _matrix(tensor: Tensor, columns: int) -> Tensor:
     """Returns ``tensor`` as [rows, columns] with adjacent columns, copied only where no view is possible."""
     matrix = tensor.reshape(-1, columns)
     return matrix if columns == 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _drop_and_add(call: FeedForwardCall, out: Tensor) -> Tensor:
+    """Applies the last dropout to ``out`` [..., out_dim] of a feed-forward where it stands, and adds the residual."""
+    if call.output_dropout_state is None:
+        return out if call.residual is None else out.add_(call.residual)
+    rows = out.view(call.num_tokens, -1)
+    residual = None if call.residual is None else call.residual.contiguous().view(rows.shape)
+    kernels().dropout(rows, call.output_dropout_state, call.output_dropout_p, rows, residual)
+    return out
 
 
 def _rows_contiguous(call: FeedForwardCall) -> FeedForwardCall:

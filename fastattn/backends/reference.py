@@ -50,7 +50,7 @@ class ReferenceBackend(Backend):
         return attention_weights_formula.reduced_in_blocks(call)
 
     def feed_forward(self, call: feed_forward_spec.FeedForwardCall) -> Tensor:
-        return feed_forward_formula.feed_forward(call)
+        return feed_forward_formula.feed_forward(call).contiguous()
 
     def feed_forward_backward(
         self, call: feed_forward_spec.FeedForwardCall, dout: Tensor, needed: Sequence[bool]

@@ -73,14 +73,41 @@ def feed_forward(linear1: Any, activation: Callable[[Tensor], Tensor], dropout: 
         # Nobody else holds the product and no gradient needs it, so that its memory can be written again.
         hidden = torch.relu_(hidden) if name == "relu" else activation(hidden)
         return apply_linear(linear2, apply_dropout(dropout, hidden))
+    return _fused(linear1, name, dropout, linear2, x)
+
+
+def add_feed_forward(
+    linear1: Any,
+    activation: Callable[[Tensor], Tensor],
+    dropout: Any,
+    linear2: Any,
+    last_dropout: Any,
+    x: Tensor,
+    residual: Tensor,
+) -> Tensor:
+    """Returns ``residual + last_dropout(linear2(dropout(activation(linear1(x)))))``."""
+    name = _activation_name(activation) if is_plain(linear1, nn.Linear) else None
+    if (
+        name is None
+        or not (is_plain(last_dropout, nn.Dropout) and last_dropout.p < 1.0)
+        or residual.dtype != x.dtype
+        or not _fuses_feed_forward(linear1, dropout, linear2, x)
+    ):
+        return residual + apply_dropout(last_dropout, feed_forward(linear1, activation, dropout, linear2, x))
+    output_dropout_p = last_dropout.p if last_dropout.training else 0.0
+    return _fused(linear1, name, dropout, linear2, x, residual=residual, output_dropout_p=output_dropout_p)
+
+
+def _fused(linear1: Any, activation: str, dropout: Any, linear2: Any, x: Tensor, **options: Any) -> Tensor:
     return fused_feed_forward(
         x,
         linear1.weight,
         linear1.bias,
         linear2.weight,
         linear2.bias,
-        activation=name,
+        activation=activation,
         dropout_p=dropout.p if dropout.training else 0.0,
+        **options,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.masks import Mask, Shape
 from fastattn.nn import _nested
-from fastattn.nn._blocks import add_norm, apply_dropout, feed_forward
+from fastattn.nn._blocks import add_feed_forward, add_norm, apply_dropout, feed_forward
 from fastattn.nn._masks import Padding, attn_restriction
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.kv_cache import KVCache
@@ -65,7 +65,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if self.norm_first:
             attended = self._sa_block(self.norm1(src), *masks)
             normed, x = add_norm(self.norm2, attended, src)
-            return x + self._ff_block(normed)
+            return _add_ff_block(self, self.dropout2, normed, x)
         x, _ = add_norm(self.norm1, self._sa_block(src, *masks), src)
         return add_norm(self.norm2, self._ff_block(x), x)[0]
 
@@ -80,6 +80,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return apply_dropout(self.dropout2, feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x))
+
+
+def _add_ff_block(layer: Any, dropout: nn.Module, normed: Tensor, x: Tensor) -> Tensor:
+    """Returns ``x + layer._ff_block(normed)``, in one call where the block is ours and ends with ``dropout``."""
+    ours = (TransformerEncoderLayer._ff_block, TransformerDecoderLayer._ff_block)
+    if getattr(layer._ff_block, "__func__", None) not in ours:
+        return x + layer._ff_block(normed)
+    return add_feed_forward(layer.linear1, layer.activation, layer.dropout, layer.linear2, dropout, normed, x)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -136,7 +144,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if self.norm_first:
             normed, x = add_norm(self.norm2, self._sa_block(self.norm1(tgt), *self_mask), tgt)
             normed, x = add_norm(self.norm3, self._mha_block(normed, memory, *cross_mask), x)
-            return x + self._ff_block(normed)
+            return _add_ff_block(self, self.dropout3, normed, x)
         x, _ = add_norm(self.norm1, self._sa_block(tgt, *self_mask), tgt)
         x, _ = add_norm(self.norm2, self._mha_block(x, memory, *cross_mask), x)
         return add_norm(self.norm3, self._ff_block(x), x)[0]

@@ -17,9 +17,11 @@ from fastattn.spec.feed_forward import DIFFERENTIABLE, FeedForwardCall, empty_ou
 
 _CALL_SCHEMA = """
     Tensor input, Tensor weight_in, Tensor? bias_in, Tensor? weight_gate, Tensor? bias_gate, Tensor weight_out,
-    Tensor? bias_out, Tensor? dropout_state, str activation, float dropout_p, str backend"""
+    Tensor? bias_out, Tensor? residual, Tensor? dropout_state, Tensor? output_dropout_state, str activation,
+    float dropout_p, float output_dropout_p, str backend"""
 _NUM_FIELDS = len(FeedForwardCall._fields)
 _NUM_TENSORS = FeedForwardCall._fields.index("activation")
+_RESIDUAL_AT = FeedForwardCall._fields.index("residual")
 
 
 def feed_forward(
@@ -32,14 +34,17 @@ def feed_forward(
     activation: str = "relu",
     weight_gate: Tensor | None = None,
     bias_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The feed-forward block: two linear maps with an activation, and optionally a gate, between them.
 
-    ``out = dropout(act(x @ weight_in^T + bias_in) [* (x @ weight_gate^T + bias_gate)]) @ weight_out^T + bias_out``.
-    The hidden activation is never held whole: forward a block of tokens at a time, backward some 20 MB of it.
+    ``hidden = dropout(act(x @ weight_in^T + bias_in) [* (x @ weight_gate^T + bias_gate)])``;
+    ``out = [residual +] dropout(hidden @ weight_out^T + bias_out)``, each dropout with a probability of its own.  The
+    hidden activation is never held whole: forward a block of tokens at a time, backward some 20 MB of it.
 
     Args:
         input: x, [..., model_dim]; float32, bfloat16, float16 or float64; any strides.
@@ -50,10 +55,13 @@ def feed_forward(
         activation: "relu" | "gelu" | "gelu_tanh" | "silu".
         weight_gate: [ff_dim, model_dim]; with it the block is gated: GLU variants, "silu" for SwiGLU, "gelu" for GeGLU.
         bias_gate: [ff_dim] or None.
+        residual: [..., out_dim] or None; added last.
         dropout_p: probability of dropping an element of the hidden activation, in [0, 1), as does the dropout between
             the two linear layers of ``nn.TransformerEncoderLayer``; survivors are scaled by ``1 / (1 - dropout_p)``.
             Applied whenever it is above 0.
-        generator: source of the dropout's seed; by default the device's global one.
+        output_dropout_p: likewise, of an element of the second product, as does the last dropout of
+            ``nn.TransformerEncoderLayer``.
+        generator: source of the dropouts' seeds, the hidden activation's first; by default the device's global one.
         backend: "reference" | "cpu"; by default the first that supports the call.
 
     Returns:
@@ -70,11 +78,15 @@ def feed_forward(
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; Shazeer, "GLU Variants Improve
     Transformer", 2020.
     """
-    if _dispatch.may_be_plain(backend):
+    if _dispatch.may_be_plain(backend) and output_dropout_p == 0.0:
         tensors = (input, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out)
-        found = plain.feed_forward(*tensors, activation, dropout_p)
+        found = plain.feed_forward(*tensors, activation, dropout_p) if _adds_plainly(residual, input) else None
         if found is not None:
-            return _apply_plain(*tensors, (found, activation)) if type(found) is list else found
+            out: Tensor = _apply_plain(*tensors, (found, activation)) if type(found) is list else found
+            if residual is None:
+                return out
+            if residual.shape == out.shape:
+                return out.add_(residual)
     call = feed_forward_call(
         input,
         weight_in,
@@ -84,11 +96,13 @@ def feed_forward(
         activation=activation,
         weight_gate=weight_gate,
         bias_gate=bias_gate,
+        residual=residual,
         dropout_p=dropout_p,
+        output_dropout_p=output_dropout_p,
         generator=generator,
         backend=_dispatch.resolve(backend),
     )
-    if _dispatch.needs_reference_derivatives(*(getattr(call, field) for field in DIFFERENTIABLE)):
+    if _dispatch.needs_reference_derivatives(*(getattr(call, field) for field in (*DIFFERENTIABLE, "residual"))):
         _dispatch.warn_reference("feed_forward", "forward-mode derivatives and torch.func transforms have no kernel")
         return formula.feed_forward(call)
     return _feed_forward(*call)
@@ -102,6 +116,15 @@ def is_fastest(input: Tensor) -> bool:
         and input.is_cpu
         and _dispatch.resolve(None) in ("", "cpu")
         and fuses_on_tiles(extension.isa(), input.dtype, input.numel() // max(input.shape[-1], 1))
+    )
+
+
+def _adds_plainly(residual: Tensor | None, input: Tensor) -> bool:
+    """Whether a plain call's result may have ``residual`` added in place, so far as is known without its shape."""
+    return residual is None or (
+        type(residual) in (Tensor, torch.nn.Parameter)
+        and isinstance(input, Tensor)
+        and (residual.dtype, residual.layout, residual.device) == (input.dtype, input.layout, input.device)
     )
 
 
@@ -145,8 +168,10 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call = FeedForwardCall(*ctx.saved_tensors, *ctx.numbers)
-        grads = _gradients(call, dout, ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-        return (*grads, *(None,) * (_NUM_FIELDS - len(grads)))
+        needed = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
+        grads = _gradients(call, dout, needed) if any(needed) else [None] * len(needed)
+        dresidual = dout if ctx.needs_input_grad[_RESIDUAL_AT] else None
+        return (*grads, dresidual, *(None,) * (_NUM_FIELDS - len(grads) - 1))
 
 
 class _PlainFeedForward(torch.autograd.Function):
@@ -165,7 +190,7 @@ class _PlainFeedForward(torch.autograd.Function):
             found = plain.feed_forward_backward(*tensors, ctx.activation, 0.0, dout, needed)
             if found is not None:
                 return found
-        call = FeedForwardCall._make((*tensors, None, ctx.activation, 0.0, ""))
+        call = FeedForwardCall._make((*tensors, None, None, None, ctx.activation, 0.0, 0.0, ""))
         return (*_gradients(call, dout, needed[: len(DIFFERENTIABLE)]), None)
 
 

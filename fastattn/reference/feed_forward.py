@@ -34,5 +34,10 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     if call.dropout_state is not None:
         keep = keep_mask(call.dropout_state, call.dropout_p, 1, call.num_tokens, call.ff_dim)[0]
         hidden = (hidden / (1.0 - call.dropout_p)).where(keep, 0.0)
-    out = linear(hidden, call.weight_out, call.bias_out).to(call.input.dtype)
-    return out.view(*call.input.shape[:-1], -1)
+    out = linear(hidden, call.weight_out, call.bias_out)
+    if call.output_dropout_state is not None:
+        keep = keep_mask(call.output_dropout_state, call.output_dropout_p, 1, *out.shape)[0]
+        out = (out / (1.0 - call.output_dropout_p)).where(keep, 0.0)
+    if call.residual is not None:
+        out = out + call.residual.to(dtype).reshape(out.shape)
+    return out.to(call.input.dtype).view(*call.input.shape[:-1], -1)

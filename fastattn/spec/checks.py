@@ -65,11 +65,11 @@ def check_finite(name: str, value: float) -> float:
     return float(value)
 
 
-def check_dropout(dropout_p: float) -> float:
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     """Returns ``dropout_p`` as a float; raises ValueError outside [0, 1)."""
-    p = check_finite("dropout_p", dropout_p)
+    p = check_finite(name, dropout_p)
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"{name} must be in [0, 1), got {dropout_p}")
     return p
 
 

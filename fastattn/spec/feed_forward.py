@@ -17,8 +17,9 @@ class FeedForwardCall(NamedTuple):
     """The arguments of ``fastattn::feed_forward``, in order.
 
     Shapes: ``input`` [..., model_dim]; ``weight_in`` and ``weight_gate`` [ff_dim, model_dim]; ``bias_in`` and
-    ``bias_gate`` [ff_dim]; ``weight_out`` [out_dim, ff_dim]; ``bias_out`` [out_dim]; ``dropout_state`` int64 [2].
-    ``backend`` is "" for the automatic choice.
+    ``bias_gate`` [ff_dim]; ``weight_out`` [out_dim, ff_dim]; ``bias_out`` [out_dim]; ``residual`` [..., out_dim];
+    ``dropout_state`` (of the hidden activation) and ``output_dropout_state`` int64 [2].  ``backend`` is "" for the
+    automatic choice.
     """
 
     input: Tensor
@@ -28,9 +29,12 @@ class FeedForwardCall(NamedTuple):
     bias_gate: Tensor | None
     weight_out: Tensor
     bias_out: Tensor | None
+    residual: Tensor | None
     dropout_state: Tensor | None
+    output_dropout_state: Tensor | None
     activation: str
     dropout_p: float
+    output_dropout_p: float
     backend: str
 
     @property
@@ -42,7 +46,8 @@ class FeedForwardCall(NamedTuple):
         return self.weight_in.shape[0]
 
 
-# The fields of FeedForwardCall that gradients flow to, in the order in which feed_forward_backward returns them.
+# The fields of FeedForwardCall that gradients flow to, in the order in which feed_forward_backward returns them.  The
+# residual is not among them: its gradient is the output's.
 DIFFERENTIABLE = ("input", "weight_in", "bias_in", "weight_gate", "bias_gate", "weight_out", "bias_out")
 
 
@@ -56,7 +61,9 @@ def feed_forward_call(
     activation: str,
     weight_gate: Tensor | None,
     bias_gate: Tensor | None,
+    residual: Tensor | None = None,
     dropout_p: float,
+    output_dropout_p: float = 0.0,
     generator: torch.Generator | None,
     backend: str,
 ) -> FeedForwardCall:
@@ -90,7 +97,10 @@ def feed_forward_call(
             check_shape(name, tensor, shape)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    p = check_dropout(dropout_p)
+    if residual is not None:
+        check_like("residual", residual, "input", input)
+        check_shape("residual", residual, (*input.shape[:-1], weight_out.shape[0]))
+    p, output_p = check_dropout(dropout_p), check_dropout(output_dropout_p, "output_dropout_p")
     return FeedForwardCall(
         input,
         weight_in,
@@ -99,9 +109,13 @@ def feed_forward_call(
         bias_gate,
         weight_out,
         bias_out,
+        residual,
+        # In the order of a layer's: first what is between the products, then what is after them.
         draw_dropout_state(p, generator, input.device),
+        draw_dropout_state(output_p, generator, input.device),
         activation,
         p,
+        output_p,
         backend,
     )
 

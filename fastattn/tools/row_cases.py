@@ -78,9 +78,10 @@ def feed_forward_cases() -> Iterator[OpCase]:
             for biases in (True, False):
                 if biases or activation == "relu":
                     yield _feed_forward_case(activation, gated, biases)
+    yield _feed_forward_case("gelu", False, True, residual=True)
 
 
-def _feed_forward_case(activation: str, gated: bool, biases: bool) -> OpCase:
+def _feed_forward_case(activation: str, gated: bool, biases: bool, residual: bool = False) -> OpCase:
     def tensors(seed: int) -> Tensors:
         draw = Draw(seed)
         found = {
@@ -94,6 +95,8 @@ def _feed_forward_case(activation: str, gated: bool, biases: bool) -> OpCase:
             found |= {"bias_in": draw(_FF_DIM), "bias_out": draw(_MODEL_DIM)}
             if gated:
                 found["bias_gate"] = draw(_FF_DIM)
+        if residual:
+            found["residual"] = draw(_ROWS, _MODEL_DIM)
         return found
 
     def arguments(t: Tensors) -> tuple[list[Any], Mapping[str, Any]]:
@@ -103,13 +106,15 @@ def _feed_forward_case(activation: str, gated: bool, biases: bool) -> OpCase:
 
     def ours(t: Tensors, backend: str | None) -> Tensors:
         positional, named = arguments(t)
-        return {"out": fastattn.feed_forward(*positional, **named, backend=backend)}
+        return {"out": fastattn.feed_forward(*positional, **named, residual=t.get("residual"), backend=backend)}
 
     def theirs(t: Tensors) -> Tensors:
         positional, named = arguments(t)
-        return {"out": eager.feed_forward(*positional, **named)}
+        out = eager.feed_forward(*positional, **named)
+        return {"out": t["residual"] + out if residual else out}
 
     variant = activation + (", gated" if gated else "") + ("" if biases else ", no biases")
+    variant += ", residual" if residual else ""
     return OpCase("feed_forward", "", variant, tensors, ours, theirs)
 
 
