@@ -30,9 +30,9 @@ def _dropout_kernel(x, out, dropout, rows, columns, rescale: tl.float64, ROWS: t
         rescale: ``1 / (1 - p)``.
     """
     tiles = tl.cdiv(columns, COLUMNS)
-    first_row = tl.program_id(0) // tiles * ROWS
+    first_row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     first_column = tl.program_id(0) % tiles * COLUMNS
-    row = first_row.to(tl.int64) + tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row[:, None] * columns + column[None, :]

@@ -89,6 +89,8 @@ def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -
         except OutOfResources as error:
             needs = f"the smallest tile {tuple(tiles[number])} needs {error.required} of {error.name}"
             _failed[key] = number + 1, f"{needs}, and this GPU has {error.limit}"
+        except OverflowError as error:  # by a grid of 2^31 programs
+            raise UnsupportedError(op, {"triton": [f"a number of its launch is too large: {error}"]}) from error
         except PTXASError as error:
             _failed[key] = number + 1, f"the assembler of triton {triton.__version__} has no code for this GPU: {error}"
 

@@ -50,28 +50,6 @@ def test_triton_is_imported_by_its_first_call():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("dim", range(3))
-def test_offsets_beyond_32_bits(dim):
-    """Queries, keys and values whose third entry lies 2^31 elements behind the first, in any dimension but the last."""
-    shape = [1, 1, 1, 16]
-    shape[dim] = 3
-    apart = 2**30 + 16
-    strides = [16 * (n == 1) + apart * (n == 3) for n in shape[:3]]
-    try:
-        memory = torch.empty(2 * apart + 16, dtype=torch.bfloat16)  # of which a few pages are touched
-    except RuntimeError:
-        pytest.skip("the system promises no 4 GB of memory")
-    far = memory.as_strided(shape, (*strides, 1))
-    far.copy_(torch.randn(shape))
-    near = far.clone()
-    found, expected = (fastattn.attention(t, t, t, backend="triton") for t in (far, near))
-    assert torch.equal(found, expected)
-    # As gradient it is read where it lies; the gradients themselves are written far away for a leaf that is far.
-    leaves = [near.detach().clone().requires_grad_() for _ in range(3)]
-    grads = [torch.autograd.grad(fastattn.attention(*leaves, backend="triton"), leaves, dout) for dout in (far, near)]
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def test_same_bits_again():
     case = CASES["everything"]
     given = inputs(case).to(torch.float32)

@@ -19,6 +19,7 @@ from fastattn.backends import BY_NAME, triton
 from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops import _dispatch
 from fastattn.spec.attention import attention_call
+from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 
 pytestmark = pytest.mark.skipif(not TRITON or torch.cuda.is_available(), reason="is about Triton's interpreter")
 
@@ -138,6 +139,18 @@ def test_what_it_has_no_kernel_for(dims):
             op(*given, backend="triton")
 
 
+def test_lengths_whose_sums_do_not_fit_in_32_bits():
+    one = torch.ones(1, 1, 1, 8)
+    long = one.expand(1, 1, 2**30 + 1, 8)
+    for query, key in ((long, one), (one, long)):
+        with pytest.raises(UnsupportedError, match="takes at most 1073741824 queries and keys"):
+            fastattn.attention(query, key, key, backend="triton")
+    target = torch.zeros(1, dtype=torch.int64).expand(2**30 + 1)
+    loss = LinearCrossEntropyCall(long[0, 0], one[0, 0], target, None, -100, 0.0, "mean", "triton")
+    with pytest.raises(UnsupportedError, match="takes at most 1073741824 tokens"):
+        _dispatch.choose("linear_cross_entropy", loss)
+
+
 def refusing(launcher, error, times=1000):
     """Lets the first launches fail as on a GPU that is too small."""
     begun = []
@@ -192,6 +205,13 @@ def test_an_architecture_that_the_assembler_does_not_know(launcher, fresh):
         with pytest.raises(UnsupportedError, match="no code for this GPU: PTXAS error: Value 'sm_130'"):
             op(torch.ones(1, 1, 3, 8))
     assert "sm_130" in fastattn.backends()["triton"].reason
+
+
+def test_more_programs_than_a_launch_takes(launcher, fresh):
+    small_gpu, _ = refusing(launcher, OverflowError("signed integer is greater than maximum"))
+    fresh.setattr(launcher, "as_on_a_gpu", small_gpu)
+    with pytest.raises(UnsupportedError, match="too large: signed integer"):
+        launcher.launch("crochet", [(64, 4), (16, 4)], lambda tile: None)
 
 
 def test_the_next_backend_where_no_tile_fits(launcher, fresh):

@@ -21,6 +21,7 @@ from fastattn.backends.base import Backend
 from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.attention_weights import WeightsCall
+from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 
 # The first whose kernels may take tuples with names and fields that are None.
 LEAST_TRITON = (3, 6)
@@ -28,6 +29,8 @@ LEAST_TRITON = (3, 6)
 LEAST_CAPABILITY = (8, 0)
 # Beyond it no tile of queries and keys fits the registers.
 MAX_HEAD_DIM = 256
+# Beyond it a sum of two positions does not fit in 32 bits.
+MAX_LENGTH = 1 << 30
 
 
 def interpreted() -> bool:
@@ -96,6 +99,20 @@ def too_old(device: int) -> str | None:
     return f"{torch.cuda.get_device_name(device)} has compute capability {found}, kernels need {needed}"
 
 
+def _too_large(call: NamedTuple) -> list[str]:
+    """Returns which sizes of a call are beyond its kernels."""
+    attention = call.attention if isinstance(call, WeightsCall) else call
+    reasons = []
+    if isinstance(attention, AttentionCall):
+        if max(attention.query.shape[3], attention.value.shape[3]) > MAX_HEAD_DIM:
+            reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
+        if max(attention.query.shape[2], attention.key.shape[2]) > MAX_LENGTH:
+            reasons.append(f"takes at most {MAX_LENGTH} queries and keys of a batch entry")
+    if isinstance(call, LinearCrossEntropyCall) and call.num_tokens > MAX_LENGTH:
+        reasons.append(f"takes at most {MAX_LENGTH} tokens")
+    return reasons
+
+
 class TritonBackend(RowOps, Backend):
     name = "triton"
 
@@ -130,12 +147,7 @@ class TritonBackend(RowOps, Backend):
         if not reasons and device.type == "cuda":
             why = too_old(torch.cuda.current_device() if device.index is None else device.index)
             reasons += [] if why is None else [why]
-        attention = call.attention if isinstance(call, WeightsCall) else call
-        if (
-            isinstance(attention, AttentionCall)
-            and max(attention.query.shape[3], attention.value.shape[3]) > MAX_HEAD_DIM
-        ):
-            reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
+        reasons += _too_large(call)
         if not reasons:
             why = broken() or other_mode()
             reasons += [] if why is None else [why]
