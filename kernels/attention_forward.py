@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastattn.kernels import decode, masking, tiles
 from fastattn.kernels.arguments import problem, view
+from fastattn.kernels.boxes import box
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.running import finish, over_keys
+from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2, block_and_plane, load_rows, store_rows
 from fastattn.spec.attention import AttentionCall, empty_output
 
@@ -29,9 +30,14 @@ def _attention_fwd_kernel(
     lse,
     sinks,
     problem,
+    query_box,
+    key_box,
+    value_box,
+    out_box,
     head_dim,
     head_dim_v,
     PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -46,7 +52,9 @@ def _attention_fwd_kernel(
         lse: float64 [batch, num_heads_q, seq_len_q].
         sinks: [num_heads_q], or None.
         problem: Problem.
+        query_box: descriptor of ``query`` (``boxes.box``), or None; likewise the others.
         PRECISION: how float32 is multiplied.
+        FOLDED: what ``running.folds`` returned.
         ROWS: queries a block.
         KEYS: keys a tile.
         DIM: power of two that holds head_dim; DIM_V likewise.
@@ -55,20 +63,21 @@ def _attention_fwd_kernel(
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
     row_begin = block * ROWS
     row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
-    q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, ROWS, DIM)
+    q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, ROWS, DIM, True, query_box)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     rows = row_begin + tl.arange(0, ROWS)
     state = over_keys(
-        q, key, value, problem, batch, head // problem.group_size, head, rows[:, None],
-        masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS), limit, head_dim, head_dim_v, PRECISION, ROWS,
-        KEYS, DIM, DIM_V,
+        q, key, value, key_box, value_box, problem, batch, head // problem.group_size, head, rows[:, None],
+        masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS), limit, head_dim, head_dim_v, PRECISION,
+        FOLDED, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     result, log_total = finish(state, sinks, head, problem.dropout)
-    store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result, ROWS, DIM_V)
+    store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result, ROWS, DIM_V, out_box)
     tl.store(lse + plane.to(tl.int64) * problem.seq_len_q + rows, log_total * LN_2, mask=rows < problem.seq_len_q)
 
 
-def _arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+def _arguments(call: AttentionCall, out: Tensor, lse: Tensor, tile: Tile, architecture: int) -> tuple[Any, ...]:
+    boxed = ((call.query, tile.rows), (call.key, tile.columns), (call.value, tile.columns), (out, tile.rows))
     return (
         view(call.query),
         view(call.key),
@@ -77,6 +86,7 @@ def _arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Any, ...]
         lse,
         call.sinks,
         problem(call),
+        *(box(tensor, rows, architecture) if tile.boxes else None for tensor, rows in boxed),
         call.query.shape[3],
         call.value.shape[3],
     )
@@ -84,7 +94,12 @@ def _arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Any, ...]
 
 def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
     dims = {"DIM": padded(call.query.shape[3]), "DIM_V": padded(call.value.shape[3])}
-    return {"PRECISION": precision(), "ROWS": tile.rows, "KEYS": tile.columns, **dims, **tile.options}
+    sizes = {"ROWS": tile.rows, "KEYS": tile.columns, **dims}
+    return {"PRECISION": precision(), "FOLDED": folds(call), **sizes, **tile.options}
+
+
+def _table(call: AttentionCall) -> tiles.Table:
+    return tiles.FORWARD if folds(call) and call.dropout_state is None else tiles.FORWARD_RICH
 
 
 def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -95,20 +110,26 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
         decode.decode_fwd(call, out, lse, splits)
         return out, lse
     batch, num_heads_q, seq_len_q, _ = call.shape
-    arguments = _arguments(call, out, lse)
+    known = architecture(call.query.device)
 
     def start(tile: Tile) -> None:
         grid = (cdiv(seq_len_q, tile.rows) * batch * num_heads_q,)
-        _attention_fwd_kernel[grid](*arguments, **_options(call, tile))
+        _attention_fwd_kernel[grid](*_arguments(call, out, lse, tile, known), **_options(call, tile))
 
-    launch("attention", tiles.choose(tiles.FORWARD, call, architecture(call.query.device)), start)
+    launch("attention", tiles.choose(_table(call), call, known), start)
     return out, lse
 
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields the kernel with every tile of its table for an architecture."""
-    for name, call, tile in tiles.calls(tiles.FORWARD, architecture):
-        out, lse = empty_output(call)
-        yield Configuration(
-            f"attention forward {name}", _attention_fwd_kernel, _arguments(call, out, lse), _options(call, tile)
-        )
+    for table in (tiles.FORWARD, tiles.FORWARD_RICH):
+        for name, call, tile in tiles.calls(table, architecture):
+            if _table(call) is not table:
+                continue
+            out, lse = empty_output(call)
+            yield Configuration(
+                f"attention forward {name}",
+                _attention_fwd_kernel,
+                _arguments(call, out, lse, tile, architecture),
+                _options(call, tile),
+            )

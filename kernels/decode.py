@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn.kernels import masking, tiles
 from fastattn.kernels.arguments import Dropout, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.running import finish, over_keys
+from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2
 from fastattn.spec.attention import AttentionCall, empty_output, lse_dtype
 
@@ -45,6 +45,7 @@ def _decode_kernel(
     splits,
     keys_a_split,
     PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -81,8 +82,8 @@ def _decode_kernel(
     free_begin = tl.maximum(parts[1], begin)
     free_end = tl.maximum(tl.minimum(parts[2], last), free_begin)
     result, most, sum_of_all = over_keys(
-        q, key, value, problem, batch, head_kv, heads[:, None], rows[:, None], (begin, free_begin, free_end, end),
-        limit, head_dim, head_dim_v, PRECISION, ROWS, KEYS, DIM, DIM_V,
+        q, key, value, None, None, problem, batch, head_kv, heads[:, None], rows[:, None],
+        (begin, free_begin, free_end, end), limit, head_dim, head_dim_v, PRECISION, FOLDED, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     to = ((batch * problem.num_heads_q + heads).to(tl.int64) * problem.seq_len_q + rows) * splits + split
     dims = tl.arange(0, DIM_V)
@@ -168,14 +169,14 @@ def _launches(
     given = problem(call)
     inputs = (view(call.query), view(call.key), view(call.value))
     dims = {"DIM": padded(head_dim), "DIM_V": padded(head_dim_v)}
-    sizes = {"ROWS": padded(call.group_size * seq_len_q), "KEYS": tile.columns, "PRECISION": precision()}
+    sizes = {"ROWS": padded(call.group_size * seq_len_q), "KEYS": tile.columns}
     shares = (share_out, top, total)
     dropout: Dropout = given.dropout
     return [
         (
             *(_decode_kernel, splits * batch * call.key.shape[1]),
             (*inputs, *shares, given, head_dim, head_dim_v, splits, keys),
-            {**sizes, **dims, **tile.options},
+            {"PRECISION": precision(), "FOLDED": folds(call), **sizes, **dims, **tile.options},
         ),
         (
             *(_add_splits_kernel, batch * num_heads_q * seq_len_q),

@@ -100,10 +100,13 @@ def visible(mask, batch, head, rows, columns, limit, seq_len_q, seq_len_k):
         columns: int32 keys.
         limit: what :func:`key_end` returned.
     """
-    allowed = (rows < seq_len_q) & (columns < limit)
+    # Two bounds a query, and so two comparisons a pair.
+    end = limit
     if mask.diag_lo is not None:
-        diagonal = columns - rows
-        allowed &= (diagonal >= mask.diag_lo) & (diagonal <= mask.diag_hi)
+        end = tl.minimum(rows + mask.diag_hi + 1, limit)
+    allowed = columns < tl.where(rows < seq_len_q, end, 0)
+    if mask.diag_lo is not None:
+        allowed &= columns >= rows + mask.diag_lo
     if mask.segments_q is not None:
         own = tl.load(mask.segments_q + batch.to(tl.int64) * seq_len_q + rows, mask=rows < seq_len_q, other=0)
         others = tl.load(mask.segments_k + batch.to(tl.int64) * seq_len_k + columns, mask=columns < limit, other=0)

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels import masking, philox
-from fastattn.kernels.tile import LOG2_E, accumulator, add_seen, all_finite, finish_scores, load_rows
+from fastattn.kernels.numbers import inverse
+from fastattn.kernels.tile import LOG2_E, accumulator, all_finite, finish_scores, load_rows
+from fastattn.spec.attention import AttentionCall
+
+# The fewest keys that a product takes, and that every tile is a multiple of.
+FEW = tl.constexpr(16)
+
+
+def folds(call: AttentionCall) -> bool:
+    """Returns whether scores are products times a positive number: then the greatest product is the greatest score,
+    and scale and maximum are one multiply-add away from the exponential."""
+    plain = not call.softcap and call.bias is None and call.relative_bias is None
+    return plain and call.softmax_scale > 0.0
 
 
 @triton.jit
@@ -21,17 +33,19 @@ def nothing_yet(dtype: tl.constexpr, ROWS: tl.constexpr, DIM_V: tl.constexpr):
 
 @triton.jit
 def add_tiles(
-    state, q, key, value, problem, batch, head_kv, heads, rows, begin, end, gap_begin, gap, limit, head_dim, head_dim_v,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr,
+    state, q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, begin, end, gap_begin, gap, limit,
+    head_dim, head_dim_v, PRECISION: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Moves a state over the keys in [begin, end), but for ``gap`` of them from ``gap_begin`` on; all but ``end`` are
     multiples of KEYS.
 
     Args:
         q: queries [ROWS, DIM].
+        key_box: descriptor of ``key`` (``boxes.box``), or None; likewise ``value_box``.
         heads: of each query, int32 [ROWS, 1], or one for all.
         rows: of each query, int32 [ROWS, 1]; beyond the last one it is none.
+        FOLDED: what :func:`folds` returned.
         MASKED: whether anything may be invisible.
         POISONED: whether values may be NaN or infinite where they are invisible.
     """
@@ -39,54 +53,91 @@ def add_tiles(
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         columns = (start + tl.arange(0, KEYS))[None, :]
-        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM, MASKED)
+        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM, MASKED, key_box)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
-        s, _ = finish_scores(problem, product, batch, heads, rows, columns, limit, MASKED)
-        now = tl.maximum(top, tl.max(s, axis=1))
         # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        p = tl.exp2(s - shift[:, None])
+        if FOLDED:
+            if MASKED:
+                seen = masking.visible(
+                    problem.mask, batch, heads, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
+                )
+                product = tl.where(seen, product, float("-inf"))
+            now = tl.maximum(top, tl.max(product, axis=1) * problem.scale)
+            shift = tl.where(now == float("-inf"), 0.0, now)
+            p = tl.exp2(product * problem.scale - shift[:, None])
+        else:
+            s, _ = finish_scores(problem, product, batch, heads, rows, columns, limit, MASKED)
+            now = tl.maximum(top, tl.max(s, axis=1))
+            shift = tl.where(now == float("-inf"), 0.0, now)
+            p = tl.exp2(s - shift[:, None])
         alpha = tl.exp2(top - shift)
         total = total * alpha + tl.sum(p, axis=1)
         top = now
         if problem.dropout.state is not None:
             planes = batch * problem.num_heads_q + heads
             p = tl.where(philox.keep_of(problem.dropout, planes, rows, start, ROWS, KEYS), p, 0.0)
-        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V, MASKED)
+        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V, MASKED, value_box)
         out *= alpha[:, None]
         if POISONED:
             seen = masking.visible(
                 problem.mask, batch, heads, rows, columns, limit, problem.seq_len_q, problem.seq_len_k
             )
-            out = add_seen(out, p, v, seen)
+            out = _add_each_seen(out, p, v, seen, KEYS)
         else:
             out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=out.dtype)
     return out, top, total
 
 
 @triton.jit
+def _add_each_seen(to, weights, values, seen, KEYS: tl.constexpr):
+    """Returns ``to + weights @ values`` over the pairs that ``seen`` allows: 0 * NaN is NaN, so what may not be seen
+    must not be touched.  It does what ``tile.add_seen`` does key by key, slowly, in a few registers.
+
+    Args:
+        to: [rows, columns].
+        weights: [rows, KEYS].
+        values: [KEYS, columns], of which any element may be NaN or infinite.
+        seen: bool [rows, KEYS].
+    """
+    each = tl.arange(0, KEYS)
+    for k in range(KEYS):
+        here = each == k
+        weight = tl.sum(tl.where(here[None, :], weights, 0.0), axis=1)
+        value = tl.sum(tl.where(here[:, None], values, 0.0).to(to.dtype), axis=0)
+        may = tl.max((seen & here[None, :]).to(tl.int32), axis=1) > 0
+        to += tl.where(may[:, None], weight[:, None] * value[None, :], 0.0)
+    return to
+
+
+@triton.jit
 def over_keys(
-    q, key, value, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Returns the state over the keys of ``parts``, as ``masking.key_parts`` returns them; see :func:`add_tiles`."""
     begin, free_begin, free_end, end = parts
     state = nothing_yet(accumulator(q.dtype), ROWS, DIM_V)
     state = add_tiles(
-        state, q, key, value, problem, batch, head_kv, heads, rows, free_begin, free_end, free_end, 0, limit, head_dim,
-        head_dim_v, PRECISION, False, False, ROWS, KEYS, DIM, DIM_V,
+        state, q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, free_begin, free_end, free_end,
+        0, limit, head_dim, head_dim_v, PRECISION, FOLDED, False, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
+    # Values of padding may be NaN, which a box would fetch.
+    PADDED: tl.constexpr = problem.mask.key_lengths is not None
     state = add_tiles(
-        state, q, key, value, problem, batch, head_kv, heads, rows, begin, end, free_begin, free_end - free_begin,
-        limit, head_dim, head_dim_v, PRECISION, True, False, ROWS, KEYS, DIM, DIM_V,
+        state, q, key, value, None if PADDED else key_box, None if PADDED else value_box, problem, batch, head_kv,
+        heads, rows, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v, PRECISION, FOLDED,
+        True, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     out, top, total = state
     if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
         if not all_finite(out):
-            # Perhaps by a value that its row may not see: once more, touching only what may be seen.
+            # Perhaps by a value that its row may not see: once more, touching only what may be seen. A few keys a step,
+            # because the registers of this loop are the whole kernel's.
             out, top, total = add_tiles(
-                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, problem, batch, head_kv, heads, rows,
-                begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, True, True, ROWS, KEYS, DIM, DIM_V,
+                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, None, None, problem, batch, head_kv,
+                heads, rows, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, True, True, ROWS, FEW,
+                DIM, DIM_V,
             )  # fmt: skip
     return out, top, total
 
@@ -106,7 +157,7 @@ def finish(state, sinks, heads, dropout):
     total = tl.where(nothing, 1.0, total)
     log_total = tl.where(nothing, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
     log_total = tl.where(top == float("inf"), float("inf"), log_total)
-    factor = tl.where(nothing, 0.0, 1.0 / total)
+    factor = tl.where(nothing, 0.0, inverse(total))
     if sinks is not None:
         sink = tl.load(sinks + heads).to(tl.float64) * LOG2_E
         greater = tl.maximum(log_total, sink)

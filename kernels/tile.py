@@ -30,10 +30,18 @@ def block_and_plane(length, SIZE: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr = True
-):
+    view, batch, head, begin, limit, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr = True,
+    box=None,
+):  # fmt: skip
     """Returns rows [begin, begin + ROWS) of a view, 0 from column ``columns`` on, and, where CHECKED, from row
-    ``limit`` on; otherwise all rows must be there."""
+    ``limit`` on; otherwise all rows must be there.
+
+    Args:
+        box: descriptor of the same tensor (``boxes.box``), or None; with one, rows are 0 from the tensor's end on, and
+            those between ``limit`` and there are what they are.
+    """
+    if box is not None:
+        return tl.reshape(box.load([batch, head, begin, 0]), [ROWS, COLUMNS])
     rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
     inside = (at < columns)[None, :]
@@ -43,14 +51,18 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(view, batch, head, begin, limit, columns, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rounds values [ROWS, COLUMNS] to the view's dtype and stores them where :func:`load_rows` would load."""
-    rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + begin.to(tl.int64) * view.row
-    inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
-    tl.store(
-        start + rows.to(tl.int64)[:, None] * view.row + at[None, :], values.to(view.data.dtype.element_ty), mask=inside
-    )
+def store_rows(view, batch, head, begin, limit, columns, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, box=None):
+    """Rounds values [ROWS, COLUMNS] to the view's dtype and stores them where :func:`load_rows` would load; with a box,
+    up to the tensor's end, which then is ``limit``."""
+    values = values.to(view.data.dtype.element_ty)
+    if box is not None:
+        box.store([batch, head, begin, 0], tl.reshape(values, [1, 1, ROWS, COLUMNS]))
+    else:
+        rows, at = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        start = view.data + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head
+        start += begin.to(tl.int64) * view.row
+        inside = (begin + rows < limit)[:, None] & (at < columns)[None, :]
+        tl.store(start + rows.to(tl.int64)[:, None] * view.row + at[None, :], values, mask=inside)
 
 
 @triton.jit

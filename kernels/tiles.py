@@ -45,14 +45,32 @@ FORWARD: Table = {
         (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
         **_WIDE,
     },
+    # 128 keys a step: the output is scaled half as often, and a step multiplies for longer than its exponentials take.
     90: {
-        (2, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (2, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)),
+        (2, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
         (2, 256): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
         **_WIDE,
     },
 }
 FORWARD[100] = FORWARD[90]
+# The same for calls whose scores are more than products (bias, softcap) or that drop: they take more registers.
+FORWARD_RICH: Table = {
+    ANY: _SMALL,
+    80: {
+        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+        (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+        (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+        **_WIDE,
+    },
+    90: {
+        (2, 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
+        **_WIDE,
+    },
+}
+FORWARD_RICH[100] = FORWARD_RICH[90]
 # Queries a step, then the keys whose gradients a program owns.
 BACKWARD_KEYS: Table = {
     ANY: _SMALL,
@@ -114,6 +132,7 @@ DECODE: Table = {
 DECODE[90] = DECODE[100] = DECODE[80]
 TABLES: dict[str, Table] = {
     "forward": FORWARD,
+    "forward_rich": FORWARD_RICH,
     "decode": DECODE,
     "backward_keys": BACKWARD_KEYS,
     "backward_queries": BACKWARD_QUERIES,
@@ -128,6 +147,7 @@ _ACCUMULATORS = 208
 # rows, 1 for its columns) it adds up a sum of head_dim columns.
 _ALIVE: dict[str, tuple[int, tuple[int, ...]]] = {
     "forward": (1, (0,)),
+    "forward_rich": (1, (0,)),
     "decode": (1, (0,)),
     "backward_keys": (2, (1, 1)),
     "backward_queries": (2, (0,)),
@@ -175,7 +195,7 @@ def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Ti
         tile = Tile(rows, columns, num_warps, num_stages)
         if tile not in own:
             yield tile
-        if name == "forward" and size == 2 and known >= 90 and num_stages > 1:
+        if name.startswith("forward") and size == 2 and known >= 90 and num_stages > 1:
             yield tile._replace(boxes=False)
 
 
@@ -191,11 +211,16 @@ def choose(table: Table, call: AttentionCall, architecture: int) -> tuple[Tile, 
 
 
 def calls(table: Table, architecture: int) -> Iterator[tuple[str, AttentionCall, Tile]]:
-    """Yields ``(name, call, tile)`` for each tile of a table: calls to compile a kernel for."""
+    """Yields ``(name, call, tile)`` for each tile of a table: calls to compile a kernel for.
+
+    What follows a first choice is compiled with fewer calls, and in half precision only: it takes less of everything.
+    """
     dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     for (size, dim), choices in table[architecture].items():
-        for tile in choices:
+        for at, tile in enumerate(choices):
             for name, call in example_calls(dtypes[size], dim):
+                if at and (size > 2 or name == "plain"):
+                    continue
                 yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tile}", call, tile
 
 

@@ -81,8 +81,9 @@ for heads, queries, keys in ((1, 1, 64), (2, 64, 1)):
     q, k = torch.empty(1, heads, queries, 64).bfloat16(), torch.empty(1, heads, keys, 64).bfloat16()
     bias, mask = torch.empty(1, heads, queries, keys), Dense(torch.ones(1, heads, queries, keys).bool()) & Causal()
     call = attention_call(q, k, k, mask=mask, bias=bias, dropout_p=0.0, backend="triton", **options)
-    arguments = attention_forward._arguments(call, *empty_output(call))
-    sizes = attention_forward._options(call, launch.Tile(64, 32, 4, 1))
+    tile = launch.Tile(64, 32, 4, 1)
+    arguments = attention_forward._arguments(call, *empty_output(call), tile, 90)
+    sizes = attention_forward._options(call, tile)
     kernel = attention_forward._attention_fwd_kernel.warmup(*arguments, grid=(1,), **sizes)
     assert kernel.asm["cubin"]
 print("compiled")

@@ -18,7 +18,7 @@ def calls(dim):
     return [call for dtype in DTYPES.values() for _, call in tiles.example_calls(dtype, dim)]
 
 
-@pytest.mark.parametrize("name", ["forward", "decode", "backward_keys", "backward_queries", "square"])
+@pytest.mark.parametrize("name", ["forward", "forward_rich", "decode", "backward_keys", "backward_queries", "square"])
 @pytest.mark.parametrize("architecture", [0, 80, 90, 100])
 def test_candidates_begin_with_the_tables_own_and_never_repeat(name, architecture):
     from fastattn.kernels import tiles

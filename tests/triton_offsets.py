@@ -89,6 +89,9 @@ def argument_names(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[s
     for name, value in zip(names, arguments, strict=False):
         if isinstance(value, tuple):
             yield from argument_names(getattr(value, "_fields", [name] * len(value)), value)
+        elif hasattr(value, "block_shape"):
+            # A descriptor comes with its sizes and strides.
+            yield from [name] * (1 + 2 * len(value.block_shape))
         elif isinstance(value, Tensor) or not (
             value is None or isinstance(value, constexpr) or (type(value) is int and value == 1)
         ):

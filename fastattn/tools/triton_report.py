@@ -99,7 +99,7 @@ def compiled(architecture: int, configuration: Configuration) -> Line:
     """Compiles a kernel and reads what the compiler made of it.
 
     Raises:
-        ValueError: it does not fit the GPU.
+        ValueError: it does not fit the GPU, or does nothing.
     """
     import triton
     from triton.runtime import driver
@@ -118,6 +118,8 @@ def compiled(architecture: int, configuration: Configuration) -> Line:
     warps, shared = made.metadata.num_warps, made.metadata.shared
     if shared + 1024 > _SHARED[architecture]:
         raise ValueError(f"{configuration.name} needs {shared} bytes of shared memory")
+    if not re.search(r"\b(?:STG|UTMASTG|RED|ATOMG)\b", code):
+        raise ValueError(f"{configuration.name} stores nothing: the compiler took it apart")
     programs = min(
         # Registers are given to a warp in units of 256.
         _REGISTERS // (-(-registers * 32 // 256) * 256 * warps),
@@ -224,6 +226,8 @@ def _described(value: Any) -> str:
         return f"{value.dtype}{list(value.shape)}{value.stride()}"
     if isinstance(value, tuple):
         return f"({', '.join(_described(item) for item in value)})"
+    if hasattr(value, "block_shape"):
+        return f"{_described(value.base)} in {value.block_shape}"
     return repr(value)
 
 

@@ -1,0 +1,51 @@
+"""Tensor descriptors: with one, the GPU's copy engine (TMA, from Hopper on) fetches and writes tiles by itself.
+
+No thread computes an address, and what lies beyond a tensor's end arrives as 0. A tensor that the engine does not take
+(of a dtype wider than 2 bytes, not aligned to 16 bytes, or broadcast) has no descriptor: its tiles come by pointers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.kernels.interpreter import is_interpreting
+from fastattn.kernels.launch import padded
+
+# The engine's own bounds: 16 bytes of alignment, sizes of 32 and strides of 40 bits, 256 elements a side of a box.
+_ALIGNMENT = 16
+_LARGEST_SIZE = 1 << 31
+_LARGEST_STRIDE = 1 << 40
+_LARGEST_SIDE = 256
+_HOPPER = 90
+
+
+def box(tensor: Tensor, rows: int, architecture: int) -> Any:
+    """Returns a descriptor of a tensor [batch, heads, seq_len, head_dim] whose boxes are ``rows`` of one head; None
+    where the GPU or the tensor does not allow one.
+
+    Args:
+        tensor: contiguous in its last dimension.
+        rows: a power of two.
+        architecture: compute capability times 10; the interpreter has descriptors whatever it is.
+    """
+    if architecture < _HOPPER and not is_interpreting():
+        return None
+    width, columns = tensor.element_size(), padded(tensor.shape[3])
+    # A dimension of size 1 may have any stride, and is never walked along.
+    strides = [s if n > 1 else columns for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    if (
+        width != 2
+        or max(rows, columns) > _LARGEST_SIDE
+        or tensor.data_ptr() % _ALIGNMENT
+        or max(tensor.shape) >= _LARGEST_SIZE
+        or min(tensor.shape) == 0
+        or any(s <= 0 or s * width % _ALIGNMENT or s * width >= _LARGEST_STRIDE for s in strides)
+        or importlib.util.find_spec("triton.tools.tensor_descriptor") is None
+    ):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
