@@ -13,6 +13,7 @@ from fastattn.kernels import philox
 from fastattn.kernels.arguments import Dropout
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import number
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import power_of_two, warps
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.dropout import DropoutCall
@@ -43,6 +44,7 @@ def _dropout_kernel(x, out, dropout, rows, columns, rescale: tl.float64, ROWS: t
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@replayed
 def dropout_fwd(call: DropoutCall) -> Tensor:
     """Returns the result of a canonical call, contiguous."""
     out = torch.empty_like(call.input, memory_format=torch.contiguous_format)

@@ -38,6 +38,7 @@ from fastattn.kernels.product import (
     store,
     strided,
 )
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -190,6 +191,7 @@ def feed_forward_gradients(
     store(hidden, first_row, first_column, tokens, ff_dim, result, ROWS, COLUMNS)
 
 
+@replayed
 def feed_forward_fwd(call: FeedForwardCall) -> Tensor:
     """Returns the result of a canonical call."""
     out = empty_output(call)

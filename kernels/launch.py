@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from fastattn.errors import UnsupportedError
 from fastattn.kernels.interpreter import as_on_a_gpu, is_interpreting
+from fastattn.kernels.replay import note
 
 
 class Tile(NamedTuple):
@@ -98,7 +99,7 @@ def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -
 def start(launch: Launch) -> None:
     """Launches a kernel, inside of :func:`launch` or :func:`run`."""
     kernel, grid, arguments, options = launch
-    kernel[grid](*arguments, **options)
+    note(kernel, kernel[grid](*arguments, **options), grid, arguments, options)
 
 
 def run(kernel_launch: Launch) -> None:

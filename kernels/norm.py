@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import inverse, number, root
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import LONGEST, matrix, power_of_two, row_tile, warps
 from fastattn.kernels.sums import MOST_BLOCKS, sum_rows
 from fastattn.kernels.tile import accumulator
@@ -317,6 +318,7 @@ def norm_backward_parameters(
         tl.store(dbias + to, tl.sum(bias_sum, axis=0), mask=column < columns)
 
 
+@replayed
 def norm_fwd(call: NormCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns ``(out, total, mean, rstd)`` of a canonical call."""
     outputs = empty_outputs(call)
@@ -344,6 +346,7 @@ def forward_launch(call: NormCall, out: Tensor, total: Tensor, mean: Tensor, rst
     return norm_forward, (-(-len(x) // tile_rows),), arguments, options
 
 
+@replayed
 def norm_bwd(call: NormBackwardCall) -> list[Tensor | None]:
     """Returns the gradients of input, weight and bias that are needed."""
     tensors = (call.input, call.weight, call.bias)

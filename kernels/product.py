@@ -18,6 +18,7 @@ from fastattn.kernels import philox
 from fastattn.kernels.arguments import NO_DROPOUT, Dropout
 from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
 from fastattn.kernels.numbers import number
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
 from fastattn.kernels.tile import accumulator
@@ -282,6 +283,7 @@ def product_launch(tile: ProductTile, a: Tensor, b: Tensor, out: Tensor, epilogu
     return product_kernel, (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), arguments, options
 
 
+@replayed
 def linear_fwd(call: LinearCall) -> list[Tensor]:
     """Returns the parts of ``input @ weight^T + bias``."""
     outs = linear_spec.empty_outputs(call)

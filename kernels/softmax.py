@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn.kernels.arguments import View
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import inverse, number
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import row_tile, row_views, warps
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.attention import lse_dtype
@@ -273,6 +274,7 @@ def softmax_backward_long(
             _store(dinput, batch, head, row, column, rows, columns, found)
 
 
+@replayed
 def softmax_fwd(call: SoftmaxCall) -> Tensor:
     """Returns the (log-)softmax of a canonical call, contiguous."""
     out = call.input.new_empty(call.input.shape, dtype=call.out_dtype)
@@ -282,6 +284,7 @@ def softmax_fwd(call: SoftmaxCall) -> Tensor:
     return out
 
 
+@replayed
 def softmax_bwd(call: SoftmaxBackwardCall) -> Tensor:
     """Returns the gradient of the input, contiguous."""
     dinput = call.out.new_empty(call.out.shape, dtype=call.dtype)

@@ -1,7 +1,10 @@
-"""Launches every Triton kernel once, on a driver that does nothing (fake_cuda.c): run by test_triton_launch.py.
+"""Runs Triton kernels on a driver that does nothing (fake_cuda.c): test_triton_launch.py reads what is printed.
 
-The interpreter passes arguments in Python, and compiling passes none. What lies between, Triton's own launcher in C,
-takes tuples apart and must arrive at as many parameters as the machine code has.
+``launch``: every kernel once. The interpreter passes arguments in Python, and compiling passes none. What lies between,
+Triton's own launcher in C, takes tuples apart and must arrive at as many parameters as the machine code has.
+
+``replay``: ops of the public API, three times each. The third time launches are replayed (``kernels/replay.py``), and
+must be those of the first time, but for the pointers to what was allocated.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,49 @@ def load_driver() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernels() -> Iterator[Any]:
+LIBRARY = load_driver()
+
+import torch  # noqa: E402
+from triton.backends.nvidia import driver as nvidia  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+import fastattn  # noqa: E402
+from fastattn.backends.triton import TritonBackend  # noqa: E402
+from fastattn.kernels import replay  # noqa: E402
+from fastattn.masks import Causal, KeyLengths  # noqa: E402
+
+launched: list[tuple[tuple[int, ...], list[Any]]] = []
+
+
+class Launcher(nvidia.CudaLauncher):
+    """Triton's launcher, which also takes down what it was given."""
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
+        launched.append(((x, y, z, function), list(leaves(arguments[4:]))))
+        super().__call__(x, y, z, stream, function, *arguments)
+
+
+class Driver(nvidia.CudaDriver):
+    def __init__(self) -> None:
+        self.utils = nvidia.CudaUtils()
+        self.launcher_cls = Launcher
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+        self.get_device_capability = lambda device: divmod(ARCHITECTURE, 10)
+
+
+def leaves(arguments: Any) -> Iterator[Any]:
+    """Yields arguments one by one; of a tensor its pointer, of a descriptor its tensor's and all else."""
+    for value in arguments:
+        if isinstance(value, (tuple, list)):
+            yield from leaves(value)
+        elif hasattr(value, "base"):
+            yield from (value.base.data_ptr(), *value.shape, *value.strides, value.padding)
+        else:
+            yield value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def kernels() -> Iterator[tuple[str, Any]]:
     """Yields a configuration of each kernel: its last, which is the smallest and so the quickest to compile."""
     found: dict[str, Any] = {}
     for file in sorted((HERE.parent / "kernels").glob("*.py")):
@@ -42,19 +87,8 @@ def kernels() -> Iterator[Any]:
     yield from found.items()
 
 
-def main() -> None:
-    library = load_driver()
-    from triton.backends.nvidia import driver as nvidia
-    from triton.runtime import driver
-
-    class Driver(nvidia.CudaDriver):
-        def __init__(self) -> None:
-            self.utils = nvidia.CudaUtils()
-            self.launcher_cls = nvidia.CudaLauncher
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
-            self.get_device_capability = lambda device: divmod(ARCHITECTURE, 10)
-
+def launch() -> None:
+    """Prints of each kernel how many parameters are passed, how many it has, and how many launches there were."""
     passed = []
     make_launcher = nvidia.make_launcher
 
@@ -64,12 +98,79 @@ def main() -> None:
         return source
 
     nvidia.make_launcher = counted
-    driver.set_active(Driver())
     for name, configuration in kernels():
         made = configuration.kernel[(1,)](*configuration.arguments, **configuration.options)
         header = made.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
-        print(name, passed.pop(), header.count(".param"), library.fake_launches())
+        print(name, passed.pop(), header.count(".param"), LIBRARY.fake_launches())
+
+
+def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
+    """Returns inputs and function of calls, by name."""
+    torch.manual_seed(0)
+
+    def bfloat16(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    x, weight, bias = bfloat16(64, 256), bfloat16(256), bfloat16(256)
+    w_in, w_out = bfloat16(512, 256), bfloat16(256, 512)
+    query, key = bfloat16(2, 4, 200, 64), bfloat16(2, 2, 200, 64)
+    lengths = torch.tensor([100, 200], dtype=torch.int32)
+    return {
+        "softmax": ([x], fastattn.softmax),
+        "softmax, in shares": ([bfloat16(2, 1 << 18)], fastattn.softmax),
+        "norm": ([x, weight, bias], lambda x, w, b: fastattn.layer_norm(x, w, b, residual=x)),
+        "feed-forward": ([x, w_in, w_out], lambda x, i, o: fastattn.feed_forward(x, i, None, o, None)),
+        "attention": ([query, key, key], lambda q, k, v: fastattn.attention(q, k, v, return_lse=True)),
+        "masked": (
+            [query, key, key, lengths],
+            lambda q, k, v, n: fastattn.attention(q, k, v, mask=Causal() & KeyLengths(n)),
+        ),
+        "decode": ([query[:, :, :1], key, key], fastattn.attention),
+    }
+
+
+def same(first: list[Any], again: list[Any], inputs: set[int]) -> bool:
+    """Whether launches are the same, but for what the pointers are that no tensor of the caller has."""
+    renamed: dict[int, int] = {}
+    if [where for where, _ in first] != [where for where, _ in again]:
+        return False
+    for (_, before), (_, now) in zip(first, again, strict=True):
+        for value, other in zip(before, now, strict=True):
+            # Addresses are large, and sizes here are not.
+            if type(value) is int and value > 1 << 32 and value not in inputs:
+                if renamed.setdefault(value, other) != other:
+                    return False
+            elif not (value is other or value == other):
+                return False
+    return True
+
+
+def replayed() -> None:
+    """Prints of each call whether it was replayed, whether launches are the same, and the number of launches."""
+    TritonBackend.device_types = ("cpu",)
+    TritonBackend.unavailable = lambda self: None
+    torch.cuda.current_device = lambda: 0
+    for name in list(sys.modules):
+        if name.startswith("fastattn.kernels."):
+            importlib.import_module(name).__dict__.update(architecture=lambda device: ARCHITECTURE)
+    for name, (inputs, function) in calls().items():
+        replay.forget()
+        found = []
+        with fastattn.use_backend("triton"):
+            for _ in range(3):
+                launched.clear()
+                result = function(*inputs)
+                found.append((list(launched), [(t.shape, t.stride(), t.dtype) for t in leaves_of(result)]))
+        plans = [plan for plan in replay.plans() if plan]
+        pointers = {t.data_ptr() for t in inputs}
+        good = same(found[0][0], found[2][0], pointers) and found[0][1] == found[2][1]
+        print(name, len(plans), good, len(found[2][0]), sep=" | ")
+
+
+def leaves_of(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    driver.set_active(Driver())
+    {"launch": launch, "replay": replayed}[sys.argv[1]]()
