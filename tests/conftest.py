@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Triton reads it when it is imported, which is when its backend serves the first call.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton reads it when it is imported, which is when its backend serves the first call. With a GPU too, because tests hand
+# over CPU tensors: what kernels compute on a GPU is benchmarks/gpu.py's to check.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests of kernels that are there in Triton too take these as further parameters.
 TRITON = [] if importlib.util.find_spec("triton") is None else ["triton"]
 
@@ -46,3 +46,16 @@ def leave_out_in_triton(request: pytest.FixtureRequest) -> None:
     slow = getattr(request.module, "slow_in_triton", None)
     if slow is not None and params.get("backend") == "triton" and slow(request.node.originalname, params):
         pytest.skip("the interpreter is slow: a few cases stand for the others")
+
+
+@pytest.fixture(autouse=True)
+def watch_triton(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Watches what Triton kernels load and store in the interpreter."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "triton" not in (params.get("backend"), request.node.path.stem.split("_")[1]):
+        yield
+        return
+    from memory_watch import watching
+
+    with watching():
+        yield
