@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from fastattn.errors import UnsupportedError
 from fastattn.kernels.interpreter import as_on_a_gpu, is_interpreting
-from fastattn.kernels.replay import note
+from fastattn.kernels.replay import Launch, note
 
 
 class Tile(NamedTuple):
@@ -57,9 +57,6 @@ class Configuration(NamedTuple):
     options: dict[str, Any]
 
 
-# A kernel, its grid, its arguments and its options.
-Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
-
 AnyTile = TypeVar("AnyTile", bound=tuple[int, ...])
 
 # Of each op, its tiles and GPU: the tiles that did not fit, and why the last of them did not.
@@ -99,7 +96,7 @@ def launch(op: str, tiles: Sequence[AnyTile], start: Callable[[AnyTile], Any]) -
 def start(launch: Launch) -> None:
     """Launches a kernel, inside of :func:`launch` or :func:`run`."""
     kernel, grid, arguments, options = launch
-    note(kernel, kernel[grid](*arguments, **options), grid, arguments, options)
+    note(kernel[grid](*arguments, **options), launch)
 
 
 def run(kernel_launch: Launch) -> None:

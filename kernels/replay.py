@@ -34,6 +34,10 @@ _MOST = 1024
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
+# A kernel, its grid, its arguments and its options.
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
 class _Launched(NamedTuple):
     """A kernel that was launched: what Triton compiled it to, its grid and all its arguments, constants included."""
 
@@ -51,7 +55,7 @@ class _Plan(NamedTuple):
 
 
 class _Box:
-    """A tensor descriptor like another one, as far as Triton's launcher asks, of a tensor of which it has the pointer."""
+    """A tensor descriptor like another one, as far as Triton's launcher asks, of the tensor at a pointer."""
 
     def __init__(self, like: Any, pointer: int) -> None:
         self.shape, self.strides, self.padding = like.shape, like.strides, like.padding
@@ -121,11 +125,10 @@ def replayed(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def note(
-    kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> None:
-    """Takes down a launch, where one is being recorded."""
+def note(compiled: Any, launch: Launch) -> None:
+    """Takes down a launch of a kernel that was compiled to ``compiled``, where one is being recorded."""
     if _current.recording is not None:
+        kernel, grid, arguments, options = launch
         device = triton.runtime.driver.active.get_current_device()
         binder = kernel.device_caches[device][4]
         bound = binder(*arguments, **options)[0]

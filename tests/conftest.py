@@ -7,10 +7,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-# Triton reads it when it is imported, which is when its backend serves the first call. With a GPU too, because tests hand
-# over CPU tensors: what kernels compute on a GPU is benchmarks/gpu.py's to check.
+# Triton reads it when it is imported, which is when its backend serves the first call. With a GPU too, because tests
+# hand over CPU tensors: what kernels compute on a GPU is benchmarks/gpu.py's to check.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests of kernels that are there in Triton too take these as further parameters.
 TRITON = [] if importlib.util.find_spec("triton") is None else ["triton"]

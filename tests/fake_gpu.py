@@ -43,7 +43,6 @@ from triton.runtime import driver  # noqa: E402
 import fastattn  # noqa: E402
 from fastattn.backends.triton import TritonBackend  # noqa: E402
 from fastattn.kernels import replay  # noqa: E402
-from fastattn.masks import Causal, KeyLengths  # noqa: E402
 
 launched: list[tuple[tuple[int, ...], list[Any]]] = []
 
@@ -101,7 +100,7 @@ def launch() -> None:
     for name, configuration in kernels():
         made = configuration.kernel[(1,)](*configuration.arguments, **configuration.options)
         header = made.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
-        print(name, passed.pop(), header.count(".param"), LIBRARY.fake_launches())
+        print(name, passed.pop(), header.count(".param"), LIBRARY.fake_launches(), sep=" | ")
 
 
 def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
@@ -113,19 +112,11 @@ def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
 
     x, weight, bias = bfloat16(64, 256), bfloat16(256), bfloat16(256)
     w_in, w_out = bfloat16(512, 256), bfloat16(256, 512)
-    query, key = bfloat16(2, 4, 200, 64), bfloat16(2, 2, 200, 64)
-    lengths = torch.tensor([100, 200], dtype=torch.int32)
     return {
         "softmax": ([x], fastattn.softmax),
         "softmax, in shares": ([bfloat16(2, 1 << 18)], fastattn.softmax),
         "norm": ([x, weight, bias], lambda x, w, b: fastattn.layer_norm(x, w, b, residual=x)),
         "feed-forward": ([x, w_in, w_out], lambda x, i, o: fastattn.feed_forward(x, i, None, o, None)),
-        "attention": ([query, key, key], lambda q, k, v: fastattn.attention(q, k, v, return_lse=True)),
-        "masked": (
-            [query, key, key, lengths],
-            lambda q, k, v, n: fastattn.attention(q, k, v, mask=Causal() & KeyLengths(n)),
-        ),
-        "decode": ([query[:, :, :1], key, key], fastattn.attention),
     }
 
 
