@@ -18,8 +18,8 @@ class OpCase:
     """One call of an op.
 
     ``tensors`` draws its differentiable inputs, in float64, from a seed; ``ours`` maps them, in any dtype, and a
-    backend's name to named outputs, and ``eager`` does the same in plain PyTorch, in the dtype that it is given.  The
-    rule is applied to ``draws`` draws together.
+    backend's name to named outputs, and ``eager`` does the same in plain PyTorch, in the dtype that it is given; what
+    else they need, such as a mask, they bring to the tensors' device.  The rule is applied to ``draws`` draws together.
     """
 
     op: str

@@ -33,71 +33,83 @@ def attention_cases() -> Iterator[OpCase]:
     """Yields every mask with every bias, and each further feature under a causal mask with lengths."""
     for mask in MASKS:
         for bias in ("none", "dense", "per-head", "alibi", "relative"):
-            yield _attention_case(mask, bias)
+            yield attention_case(mask, bias)
     for feature in ("softcap", "sinks", "gqa", "mqa", "dropout", "value-dim", "scale", "one-query"):
-        yield _attention_case("causal & lengths", "none", feature)
+        yield attention_case("causal & lengths", "none", feature)
 
 
-def _lengths(shape: Shape) -> Mask:
+def _lengths(shape: Shape, device: torch.device) -> Mask:
     # The second length is 0: all rows of that batch entry are empty.
-    return masks.KeyLengths(torch.tensor([shape.seq_len_k * 5 // 6, 0]))
+    return masks.KeyLengths(torch.tensor([shape.seq_len_k * 5 // 6, 0], device=device))
 
 
-def _segments(shape: Shape) -> Mask:
-    ids = (torch.arange(n) // (n // 3) for n in shape[2:])
+def _segments(shape: Shape, device: torch.device) -> Mask:
+    ids = (torch.arange(n, device=device) // max(n // 3, 1) for n in shape[2:])
     return masks.Segments(*(i.expand(shape.batch, -1) for i in ids))
 
 
-def _dense(shape: Shape) -> Mask:
-    return masks.Dense(torch.rand(shape, generator=torch.Generator().manual_seed(SEED)) < 0.8)
+def _dense(shape: Shape, device: torch.device) -> Mask:
+    # Drawn on the CPU: the same wherever the tensors are.
+    return masks.Dense((torch.rand(shape, generator=torch.Generator().manual_seed(SEED)) < 0.8).to(device))
 
 
-MASKS: dict[str, Callable[[Shape], Mask | None]] = {
-    "none": lambda shape: None,
-    "causal": lambda shape: masks.Causal(),
-    "causal top-left": lambda shape: masks.Causal("top_left"),
-    "window": lambda shape: masks.Window(shape.seq_len_k // 4, 8),
+MASKS: dict[str, Callable[[Shape, torch.device], Mask | None]] = {
+    "none": lambda shape, device: None,
+    "causal": lambda shape, device: masks.Causal(),
+    "causal top-left": lambda shape, device: masks.Causal("top_left"),
+    "window": lambda shape, device: masks.Window(shape.seq_len_k // 4, 8),
     "lengths": _lengths,
     "segments": _segments,
     "dense": _dense,
-    "causal & lengths": lambda shape: masks.Causal() & _lengths(shape),
-    "all of them": lambda shape: (
-        masks.Window(shape.seq_len_k // 2, 0) & _lengths(shape) & _segments(shape) & _dense(shape)
+    "causal & lengths": lambda shape, device: masks.Causal() & _lengths(shape, device),
+    "all of them": lambda shape, device: (
+        masks.Window(shape.seq_len_k // 2, 0)
+        & _lengths(shape, device)
+        & _segments(shape, device)
+        & _dense(shape, device)
     ),
 }
 
 
-def _attention_case(mask_name: str, bias_name: str, feature: str = "") -> OpCase:
-    shape = _SHAPE
-    if bias_name == "alibi" or feature == "sinks":
-        shape = _MANY_HEADS
-    if feature == "one-query":
-        shape = _ONE_QUERY
+def attention_case(
+    mask_name: str, bias_name: str, feature: str = "", *, shape: Shape | None = None, head_dim: int = _HEAD_DIM
+) -> OpCase:
+    """Returns a call with one of :data:`MASKS`, a bias ("none", "dense", "per-head", "alibi" or "relative") and a
+    feature ("" for none), by default of a shape that suits them."""
+    given = shape is not None
+    if shape is None:
+        shape = _MANY_HEADS if bias_name == "alibi" or feature == "sinks" else _SHAPE
+        shape = _ONE_QUERY if feature == "one-query" else shape
     options: dict[str, Any] = {
         "softcap": {"softcap": 1.5},
         "dropout": {"dropout_p": _DROPOUT_P},
         "scale": {"softmax_scale": 0.31},
     }.get(feature, {})
-    mask = MASKS[mask_name](shape)
+    mask = partial(MASKS[mask_name], shape)
+    variant = feature or ("" if bias_name == "none" else f"{bias_name} bias")
+    if given:
+        variant = ", ".join(filter(None, [variant, f"d{head_dim} {'x'.join(map(str, shape))}"]))
     return OpCase(
         "attention",
         mask_name,
-        feature or ("" if bias_name == "none" else f"{bias_name} bias"),
-        partial(_attention_tensors, shape, bias_name, feature),
+        variant,
+        partial(_attention_tensors, shape, bias_name, feature, head_dim),
         partial(_attention, mask, bias_name, options),
         partial(_eager_attention, mask, shape, bias_name, options),
-        draws=1 if shape == _SHAPE and bias_name != "relative" else _DRAWS,
+        draws=1 if given or (shape == _SHAPE and bias_name != "relative") else _DRAWS,
     )
 
 
-def _attention_tensors(shape: Shape, bias_name: str, feature: str, seed: int) -> Tensors:
+def _attention_tensors(shape: Shape, bias_name: str, feature: str, head_dim: int, seed: int) -> Tensors:
     draw = Draw(seed)
     heads = shape.num_heads_q
     heads_kv = {"gqa": heads // 2, "mqa": 1}.get(feature, heads)
     tensors = {
-        "query": draw(shape.batch, heads, shape.seq_len_q, _HEAD_DIM),
-        "key": draw(shape.batch, heads_kv, shape.seq_len_k, _HEAD_DIM),
-        "value": draw(shape.batch, heads_kv, shape.seq_len_k, 40 if feature == "value-dim" else _HEAD_DIM),
+        "query": draw(shape.batch, heads, shape.seq_len_q, head_dim),
+        "key": draw(shape.batch, heads_kv, shape.seq_len_k, head_dim),
+        "value": draw(
+            shape.batch, heads_kv, shape.seq_len_k, head_dim * 5 // 8 if feature == "value-dim" else head_dim
+        ),
     }
     if bias_name == "dense":
         tensors["bias"] = draw(*shape)
@@ -113,14 +125,18 @@ def _attention_tensors(shape: Shape, bias_name: str, feature: str, seed: int) ->
 
 
 def _attention(
-    mask: Mask | None, bias_name: str, options: Mapping[str, Any], tensors: Tensors, backend: str | None
+    mask: Callable[[torch.device], Mask | None],
+    bias_name: str,
+    options: Mapping[str, Any],
+    tensors: Tensors,
+    backend: str | None,
 ) -> Tensors:
     bias = _bias(bias_name, tensors.get("bias"))
     out, lse = attention_op.attention(
         tensors["query"],
         tensors["key"],
         tensors["value"],
-        mask=mask,
+        mask=mask(tensors["query"].device),
         bias=bias,
         sinks=tensors.get("sinks"),
         return_lse=True,
@@ -132,22 +148,29 @@ def _attention(
 
 
 def _eager_attention(
-    mask: Mask | None, shape: Shape, bias_name: str, options: Mapping[str, Any], tensors: Tensors
+    mask: Callable[[torch.device], Mask | None],
+    shape: Shape,
+    bias_name: str,
+    options: Mapping[str, Any],
+    tensors: Tensors,
 ) -> Tensors:
     bias = _bias(bias_name, tensors.get("bias"))
+    device = tensors["query"].device
+    visible = mask(device)
     if isinstance(bias, RelativeBias):
-        distance = torch.arange(shape.seq_len_k)[None, :] - torch.arange(shape.seq_len_q)[:, None]
+        keys, queries = (torch.arange(n, device=device) for n in (shape.seq_len_k, shape.seq_len_q))
+        distance = keys[None, :] - queries[:, None]
         bias = bias.diagonals(*shape[1:])[:, distance + shape.seq_len_q - 1].to(tensors["query"].dtype)
     keep = None
     if "dropout_p" in options:
-        state = draw_dropout_state(_DROPOUT_P, torch.Generator().manual_seed(SEED), torch.device("cpu"))
+        state = draw_dropout_state(_DROPOUT_P, torch.Generator().manual_seed(SEED), device)
         assert state is not None
         keep = keep_mask(state, _DROPOUT_P, shape.batch * shape.num_heads_q, *shape[2:]).view(shape)
     out, lse = eager.attention(
         tensors["query"],
         tensors["key"],
         tensors["value"],
-        visible=None if mask is None else mask.to_dense(*shape),
+        visible=None if visible is None else visible.to_dense(*shape, device=device),
         bias=bias,
         sinks=tensors.get("sinks"),
         keep=keep,

@@ -18,46 +18,49 @@ _MODEL_DIM, _FF_DIM = 96, 203
 _VOCABULARY = 517
 
 
-def softmax_cases() -> Iterator[OpCase]:
-    yield from _softmax_cases("softmax", eager.softmax)
+def softmax_cases(rows: int = _ROWS, columns: int = _COLUMNS) -> Iterator[OpCase]:
+    yield from _softmax_cases("softmax", eager.softmax, rows, columns)
 
 
-def log_softmax_cases() -> Iterator[OpCase]:
-    yield from _softmax_cases("log_softmax", eager.log_softmax)
+def log_softmax_cases(rows: int = _ROWS, columns: int = _COLUMNS) -> Iterator[OpCase]:
+    yield from _softmax_cases("log_softmax", eager.log_softmax, rows, columns)
 
 
-def _softmax_cases(op: str, plain: Callable[..., Tensor]) -> Iterator[OpCase]:
-    allowed = torch.rand(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(SEED)) < 0.7
-    for mask_name, mask in (("none", None), ("dense", allowed), ("lengths", torch.arange(_COLUMNS) < 700)):
+def _softmax_cases(op: str, plain: Callable[..., Tensor], rows: int, columns: int) -> Iterator[OpCase]:
+    allowed = torch.rand(rows, columns, generator=torch.Generator().manual_seed(SEED)) < 0.7
+    lengths = torch.arange(columns) < columns * 700 // _COLUMNS
+    for mask_name, mask in (("none", None), ("dense", allowed), ("lengths", lengths)):
         for scale in (1.0, 0.125):
 
             def ours(t: Tensors, backend: str | None, mask: Tensor | None = mask, scale: float = scale) -> Tensors:
-                given = None if mask is None else mask.expand(_ROWS, _COLUMNS)
+                given = None if mask is None else mask.to(t["input"].device).expand(rows, columns)
                 return {"out": getattr(fastattn, op)(t["input"], mask=given, scale=scale, backend=backend)}
 
             def theirs(t: Tensors, mask: Tensor | None = mask, scale: float = scale) -> Tensors:
-                return {"out": plain(t["input"], mask, scale)}
+                return {"out": plain(t["input"], None if mask is None else mask.to(t["input"].device), scale)}
 
             variant = "" if scale == 1.0 else f"scale {scale}"
-            yield OpCase(op, mask_name, variant, lambda seed: {"input": Draw(seed)(_ROWS, _COLUMNS) * 3}, ours, theirs)
+            yield OpCase(op, mask_name, variant, lambda seed: {"input": Draw(seed)(rows, columns) * 3}, ours, theirs)
 
 
-def layer_norm_cases() -> Iterator[OpCase]:
-    yield from _norm_cases("layer_norm", ("weight", "bias"), eager.layer_norm)
+def layer_norm_cases(rows: int = _ROWS, columns: int = _COLUMNS) -> Iterator[OpCase]:
+    yield from _norm_cases("layer_norm", ("weight", "bias"), eager.layer_norm, rows, columns)
 
 
-def rms_norm_cases() -> Iterator[OpCase]:
-    yield from _norm_cases("rms_norm", ("weight",), eager.rms_norm)
+def rms_norm_cases(rows: int = _ROWS, columns: int = _COLUMNS) -> Iterator[OpCase]:
+    yield from _norm_cases("rms_norm", ("weight",), eager.rms_norm, rows, columns)
 
 
-def _norm_cases(op: str, parameters: tuple[str, ...], plain: Callable[..., Tensor]) -> Iterator[OpCase]:
+def _norm_cases(
+    op: str, parameters: tuple[str, ...], plain: Callable[..., Tensor], rows: int, columns: int
+) -> Iterator[OpCase]:
     for with_residual in (False, True):
 
         def tensors(seed: int, with_residual: bool = with_residual) -> Tensors:
             draw = Draw(seed)
             names = ("input", "residual") if with_residual else ("input",)
-            found = {name: draw(_ROWS, _COLUMNS) + 0.5 for name in names}
-            return found | {name: draw(_COLUMNS) for name in parameters}
+            found = {name: draw(rows, columns) + 0.5 for name in names}
+            return found | {name: draw(columns) for name in parameters}
 
         def ours(t: Tensors, backend: str | None) -> Tensors:
             affine = [t[name] for name in parameters]
@@ -72,31 +75,35 @@ def _norm_cases(op: str, parameters: tuple[str, ...], plain: Callable[..., Tenso
         yield OpCase(op, "", "residual" if with_residual else "", tensors, ours, theirs)
 
 
-def feed_forward_cases() -> Iterator[OpCase]:
+def feed_forward_cases(tokens: int = _ROWS, model_dim: int = _MODEL_DIM, ff_dim: int = _FF_DIM) -> Iterator[OpCase]:
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
         for gated in (False, True):
             for biases in (True, False):
                 if biases or activation == "relu":
-                    yield _feed_forward_case(activation, gated, biases)
-    yield _feed_forward_case("gelu", False, True, residual=True)
+                    yield _feed_forward_case(activation, gated, biases, (tokens, model_dim, ff_dim))
+    yield _feed_forward_case("gelu", False, True, (tokens, model_dim, ff_dim), residual=True)
 
 
-def _feed_forward_case(activation: str, gated: bool, biases: bool, residual: bool = False) -> OpCase:
+def _feed_forward_case(
+    activation: str, gated: bool, biases: bool, shape: tuple[int, int, int], residual: bool = False
+) -> OpCase:
+    tokens, model_dim, ff_dim = shape
+
     def tensors(seed: int) -> Tensors:
         draw = Draw(seed)
         found = {
-            "input": draw(_ROWS, _MODEL_DIM),
-            "weight_in": draw(_FF_DIM, _MODEL_DIM) * _MODEL_DIM**-0.5,
-            "weight_out": draw(_MODEL_DIM, _FF_DIM) * _FF_DIM**-0.5,
+            "input": draw(tokens, model_dim),
+            "weight_in": draw(ff_dim, model_dim) * model_dim**-0.5,
+            "weight_out": draw(model_dim, ff_dim) * ff_dim**-0.5,
         }
         if gated:
-            found["weight_gate"] = draw(_FF_DIM, _MODEL_DIM) * _MODEL_DIM**-0.5
+            found["weight_gate"] = draw(ff_dim, model_dim) * model_dim**-0.5
         if biases:
-            found |= {"bias_in": draw(_FF_DIM), "bias_out": draw(_MODEL_DIM)}
+            found |= {"bias_in": draw(ff_dim), "bias_out": draw(model_dim)}
             if gated:
-                found["bias_gate"] = draw(_FF_DIM)
+                found["bias_gate"] = draw(ff_dim)
         if residual:
-            found["residual"] = draw(_ROWS, _MODEL_DIM)
+            found["residual"] = draw(tokens, model_dim)
         return found
 
     def arguments(t: Tensors) -> tuple[list[Any], Mapping[str, Any]]:
@@ -118,8 +125,10 @@ def _feed_forward_case(activation: str, gated: bool, biases: bool, residual: boo
     return OpCase("feed_forward", "", variant, tensors, ours, theirs)
 
 
-def linear_cross_entropy_cases() -> Iterator[OpCase]:
-    target = torch.randint(_VOCABULARY, (_ROWS,), generator=torch.Generator().manual_seed(SEED))
+def linear_cross_entropy_cases(
+    tokens: int = _ROWS, model_dim: int = _MODEL_DIM, vocabulary: int = _VOCABULARY
+) -> Iterator[OpCase]:
+    target = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(SEED))
     # Every seventh token is padding.
     target[::7] = -100
     for variant, options in (
@@ -132,20 +141,20 @@ def linear_cross_entropy_cases() -> Iterator[OpCase]:
         def tensors(seed: int) -> Tensors:
             draw = Draw(seed)
             return {
-                "hidden": draw(_ROWS, _MODEL_DIM),
-                "weight": draw(_VOCABULARY, _MODEL_DIM) * 0.3,
-                "bias": draw(_VOCABULARY),
+                "hidden": draw(tokens, model_dim),
+                "weight": draw(vocabulary, model_dim) * 0.3 * (_MODEL_DIM / model_dim) ** 0.5,
+                "bias": draw(vocabulary),
             }
 
         def ours(t: Tensors, backend: str | None, options: Mapping[str, Any] = options) -> Tensors:
             loss = fastattn.linear_cross_entropy(
-                t["hidden"], t["weight"], target, bias=t["bias"], backend=backend, **options
+                t["hidden"], t["weight"], target.to(t["hidden"].device), bias=t["bias"], backend=backend, **options
             )
             return {"loss": loss}
 
         def theirs(t: Tensors, options: Mapping[str, Any] = options) -> Tensors:
             logits = torch.nn.functional.linear(t["hidden"], t["weight"], t["bias"])
-            return {"loss": torch.nn.functional.cross_entropy(logits, target, **options)}
+            return {"loss": torch.nn.functional.cross_entropy(logits, target.to(logits.device), **options)}
 
         yield OpCase("linear_cross_entropy", "", variant, tensors, ours, theirs)
 

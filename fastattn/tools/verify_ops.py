@@ -109,6 +109,7 @@ def verify_ops(
     ops: Iterable[str] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     backend: str | None = None,
+    device: str = "cpu",
     on_result: Callable[[OpResult], None] | None = None,
 ) -> OpReport:
     """Compares every op with the float64 reference, beside eager PyTorch in the same dtype.
@@ -120,6 +121,7 @@ def verify_ops(
         ops: names of the ops; by default all.
         dtypes: of the inputs.
         backend: which to check; by default each call's automatic choice.
+        device: of the inputs.
         on_result: called with each row as it is found.
 
     Returns:
@@ -131,19 +133,19 @@ def verify_ops(
     results = []
     for case in cases(ops):
         for dtype in dtypes:
-            for result in _check(case, dtype, backend):
+            for result in check(case, dtype, backend, device):
                 results.append(result)
                 if on_result is not None:
                     on_result(result)
     return OpReport(tuple(results))
 
 
-def _check(case: OpCase, dtype: torch.dtype, backend: str | None) -> Iterator[OpResult]:
-    """Yields the forward and the backward row of a call."""
+def check(case: OpCase, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> Iterator[OpResult]:
+    """Yields the forward and the backward row of a call; one row if the backend refuses it."""
     head = (case.op, case.mask, case.variant, dtype)
     ours, eager, reference = [], [], []
     for seed in range(case.draws):
-        tensors = {name: t.to(dtype) for name, t in case.tensors(seed).items()}
+        tensors = {name: t.to(device, dtype) for name, t in case.tensors(seed).items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)
             try:
@@ -171,7 +173,7 @@ def _run(function: Callable[[Tensors], Tensors], tensors: Tensors) -> tuple[Tens
     total: Tensor | float = 0.0
     for out in outputs.values():
         # bfloat16 numbers, so that every dtype multiplies by the same ones.
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16().to(out.dtype)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16().to(out.device, out.dtype)
         # An empty row's lse is -inf, and would make the sum and not the gradient infinite.
         total = total + torch.where(out.isfinite(), out * weight, 0.0).sum().double()
     assert isinstance(total, Tensor)

@@ -26,20 +26,23 @@ Arguments = Callable[..., dict[str, Any]]
 
 
 def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Yields forward, and forward + backward, of one row."""
+    """Yields forward, and forward + backward, of one row; on a GPU the backward alone, too."""
     forward = workload(row, dtype, device)
     # Two products; the backward has five, of which one is the forward's again.
     flops = 4.0 * forward.query.shape[1] * forward.visible_pairs() * forward.query.shape[3]
     outputs, gradients = size([forward.query]), size([*forward.tensors, forward.dout])
-    for direction, factor, more in (("forward", 1.0, 0.0), ("forward + backward", 3.5, gradients)):
-        work = replace(forward, backward=direction != "forward")
+    directions = [("forward", 1.0, 0.0), ("forward + backward", 3.5, gradients)]
+    if device != "cpu":
+        directions.append(("backward", 2.5, gradients))
+    for direction, factor, more in directions:
+        work = replace(forward, backward=direction != "forward", alone=direction == "backward")
         arguments = partial(_arguments, work)
         yield Case(
             family="attention",
             name=name,
             direction=direction,
             shape=row,
-            ours=timed(partial(run, arguments), work.tensors, work.dout, backward=work.backward),
+            ours=timed(partial(run, arguments), work.tensors, work.dout, backward=work.backward, alone=work.alone),
             workload=work,
             error=partial(error, arguments, work.tensors, work.dout, work.backward),
             flops=factor * flops,

@@ -72,25 +72,42 @@ def size(tensors: Sequence[Tensor]) -> float:
 
 
 class Draw:
-    """Normal random tensors of a dtype from a stream of their own: the same on every device."""
+    """Normal random tensors of a dtype from a stream of their own, drawn on their device."""
 
     def __init__(self, dtype: torch.dtype, device: str = "cpu") -> None:
-        self._generator = torch.Generator().manual_seed(SEED)
+        self._generator = torch.Generator(device).manual_seed(SEED)
         self._dtype = dtype
         self._device = device
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self._device, self._dtype)
+        return (torch.randn(shape, generator=self._generator, device=self._device) * scale).to(self._dtype)
 
 
 def timed(
-    function: Callable[..., Any], tensors: Sequence[Tensor], dout: Tensor | None = None, *, backward: bool = False
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    dout: Tensor | None = None,
+    *,
+    backward: bool = False,
+    alone: bool = False,
 ) -> Callable[[], Any]:
-    """Returns the call that is timed: ``function(*tensors)`` without gradients, or the gradients of ``tensors``."""
+    """Returns the call that is timed: ``function(*tensors)`` without gradients, or the gradients of ``tensors``.
+
+    With ``alone`` the first call runs the function, and every call computes the gradients from that run.
+    """
     if not backward:
         return torch.no_grad()(lambda: function(*tensors))
     leaves = [t.detach().requires_grad_() for t in tensors]
-    return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+    if not alone:
+        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+    recorded: list[Tensor] = []
+
+    def gradients() -> Any:
+        if not recorded:
+            recorded.append(function(*leaves))
+        return torch.autograd.grad(recorded[0], leaves, dout, retain_graph=True)
+
+    return gradients
 
 
 def largest_error(

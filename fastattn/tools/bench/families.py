@@ -9,7 +9,18 @@ from typing import Any
 
 import torch
 
-from fastattn.tools.bench import attention, decode, feed_forward, model, module, overhead, scaling, softmax, threads
+from fastattn.tools.bench import (
+    attention,
+    decode,
+    feed_forward,
+    linear_cross_entropy,
+    model,
+    module,
+    overhead,
+    scaling,
+    softmax,
+    threads,
+)
 from fastattn.tools.bench.case import Case
 
 FAMILIES: dict[str, Callable[[str, Any, torch.dtype, str], Iterator[Case]]] = {
@@ -17,6 +28,7 @@ FAMILIES: dict[str, Callable[[str, Any, torch.dtype, str], Iterator[Case]]] = {
     "decode": decode.cases,
     "softmax": softmax.cases,
     "feed_forward": feed_forward.cases,
+    "linear_cross_entropy": linear_cross_entropy.cases,
     "module": module.cases,
     "model": model.cases,
     "overhead": overhead.cases,

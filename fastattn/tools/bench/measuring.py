@@ -20,7 +20,7 @@ OURS = "fastattn"
 AUTOMATIC = "auto"
 
 # Of the largest element.  A wrong kernel is off by far more; how exact a right one is, `fastattn verify` says.
-_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # A peer that takes so many times as long is timed in a few rounds only: the others get the time.
 _PATIENCE = 4.0
 _ROUNDS = 2000
@@ -68,12 +68,12 @@ def measure(case: Case, dtype: torch.dtype, settings: Settings) -> list[Line]:
                 calls[_label(backend)] = call
         if not calls:
             return lines
-        others, left_out = dict(case.others), {}
+        others, left_out, errors = dict(case.others), {}, {}
         if case.workload is not None:
             asked = [peer for peer in settings.peers if case.peers is None or peer.name in case.peers]
             found = peers.ready(case.workload, asked)
             others |= found.calls
-            left_out = found.failed
+            left_out, errors = found.failed, found.errors
         memory = {n: peak_memory(c, settings.device) for n, c in {**calls, **others}.items()}
         everybody = {**calls, **others}
         timings = time_in_turns(
@@ -93,6 +93,8 @@ def measure(case: Case, dtype: torch.dtype, settings: Settings) -> list[Line]:
             line["memory_bytes"] = {OURS: memory[label], **{name: memory[name] for name in others}}
             if left_out:
                 line["left_out"] = left_out
+            if errors:
+                line["peer_errors"] = errors
     return lines
 
 
@@ -124,7 +126,7 @@ def checked(case: Case, dtype: torch.dtype, backend: str) -> tuple[Line, Callabl
     except UnsupportedError:
         return {**line, "note": "refused"}, None
     line |= {"error": error, "served_by": sorted(served)}
-    if not error <= _TOLERANCE[dtype] * case.tolerance:
+    if not error <= TOLERANCE[dtype] * case.tolerance:
         # JSON has no infinity.
         return {**line, "error": error if abs(error) < float("inf") else None, "note": "WRONG"}, None
     if backend == AUTOMATIC:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from fastattn.tools.bench.limits import Limits
 
-_INK, _SOFT = "#1d2433", "#8a93a3"
+INK, SOFT = "#1d2433", "#8a93a3"
 # Distinguishable without colours too: each dtype has its hatching and its marker.
 _DTYPES = {
     "float32": ("#2f6db3", "", "o"),
     "bfloat16": ("#c65d21", "///", "s"),
     "float16": ("#3d8f4e", "...", "^"),
 }
-_KINDS = ("#2f6db3", "#c65d21", "#3d8f4e", "#7a5195", "#b0851a", "#3aa0a0", "#a61b52", "#5a6475")
+KINDS = ("#2f6db3", "#c65d21", "#3d8f4e", "#7a5195", "#b0851a", "#3aa0a0", "#a61b52", "#5a6475")
 _GUIDES = {1: (0, (1, 1)), 2: (0, (4, 3))}
 _WIDTH = 9.0  # inches
 _DPI = 110
@@ -43,7 +43,7 @@ def draw(rows: Sequence[Line], limits: Limits | None) -> list[Plot]:
         ImportError: matplotlib is not installed.
     """
     return [
-        Plot(name, title, caption, _render(picture, "svg", name), _render(picture, "png", name))
+        Plot(name, title, caption, render(picture, "svg", name), render(picture, "png", name))
         for name, title, caption, picture in _pictures(rows, limits)
     ]
 
@@ -78,7 +78,8 @@ def _pictures(rows: Sequence[Line], limits: Limits | None) -> Iterator[tuple[str
             yield f"scaling-{what}", title, caption, partial(_scaling, rows=lengths, what=what)
 
 
-def _render(picture: Callable[[Any], None], kind: str, name: str) -> bytes:
+def render(picture: Callable[[Any], None], kind: str, name: str) -> bytes:
+    """Returns what ``picture`` draws on a figure as "svg" or "png"."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,8 +123,8 @@ def _ratio_bars(figure: Any, rows: Sequence[Line]) -> None:
                 linewidth=0.4,
             )
             for place, ratio in zip(places, ratios, strict=True):
-                axes.text(max(ratio, 1) * 1.03, place, f"{ratio:.2f}", va="center", fontsize=7, color=_INK)
-        axes.axvline(1.0, color=_INK, linewidth=1)
+                axes.text(max(ratio, 1) * 1.03, place, f"{ratio:.2f}", va="center", fontsize=7, color=INK)
+        axes.axvline(1.0, color=INK, linewidth=1)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         ticks = [t for t in _TICKS if low <= t <= high]
@@ -134,7 +135,7 @@ def _ratio_bars(figure: Any, rows: Sequence[Line]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.suptitle("best peer's time over fastattn's, log scale", fontsize=9, color=_INK)
+    figure.suptitle("best peer's time over fastattn's, log scale", fontsize=9, color=INK)
     if len(dtypes) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(dtypes), frameon=False)
@@ -145,7 +146,7 @@ def _roofline(figure: Any, rows: Sequence[Line], limits: Limits) -> None:
     low, high = 0.5 * min(row["intensity"] for row in rows), 2 * max(row["intensity"] for row in rows)
     roofs = {"float32": limits.float32, "bfloat16": limits.bfloat16}
     top = max(roofs.values())
-    axes.plot([low, top / limits.read], [low * limits.read, top], color=_SOFT, linewidth=1)
+    axes.plot([low, top / limits.read], [low * limits.read, top], color=SOFT, linewidth=1)
     axes.annotate(f"read {limits.read:.0f} GB/s", (low, low * limits.read), xytext=(12, 0), textcoords="offset points")
     for name, peak in roofs.items():
         # Where both are the same machine, one line says so.
@@ -186,7 +187,7 @@ def _scaling(figure: Any, rows: Sequence[Line], what: str) -> None:
     scale, unit = (1e3, "ms") if what == "time" else (2**20, "MiB beyond the inputs")
     kinds = list(dict.fromkeys(row["row"].split(" ")[0] for row in rows))
     reference: list[float] = []
-    for kind, colour in zip(kinds, _KINDS, strict=False):
+    for kind, colour in zip(kinds, KINDS, strict=False):
         for who, style, label in (("fastattn", "o-", kind), ("torch SDPA", "x--", None)):
             points = {}
             for row in rows:
@@ -209,11 +210,11 @@ def _scaling(figure: Any, rows: Sequence[Line], what: str) -> None:
         for power, name in ((1, "~ seq_len"), (2, "~ seq_len\u00b2")):
             # Below the first curve's end, so that they hide nothing and the slopes can be compared.
             ends = [0.6 * reference[-1] / grown**power, 0.6 * reference[-1]]
-            axes.plot([lengths[0], lengths[-1]], ends, color=_SOFT, linewidth=0.8, linestyle=_GUIDES[power], label=name)
+            axes.plot([lengths[0], lengths[-1]], ends, color=SOFT, linewidth=0.8, linestyle=_GUIDES[power], label=name)
     axes.set_xticks(lengths, [f"{x:,}" for x in lengths])
     axes.set_xlabel("seq_len")
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     if any("torch SDPA" in row["times_us"] for row in rows):
-        axes.plot([], [], "x--", color=_SOFT, markersize=4, linewidth=1.2, label="torch SDPA")
+        axes.plot([], [], "x--", color=SOFT, markersize=4, linewidth=1.2, label="torch SDPA")
     figure.legend(frameon=False, loc="outside right upper")

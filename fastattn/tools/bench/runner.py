@@ -64,7 +64,7 @@ def run(
         raise ValueError(f"no row of {', '.join(families)} has a name in {list(names or ())}")
     backends = [b if b == AUTOMATIC else check_name(b) for b in dict.fromkeys(backends or [AUTOMATIC])]
     _check_device(device)
-    wanted = peers.chosen(peer_names, quick=quick)
+    wanted = peers.chosen(peer_names, quick=quick, device=device)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
 

@@ -31,6 +31,7 @@ class AttentionWorkload:
         key_lengths: int64 [batch], keys of each sequence that exist; None for all.
         bias: [1, num_heads_q, seq_len_q, seq_len_k], added to the scaled scores; gets a gradient too.
         dropout_p: probability of a weight to be dropped, in the forward as in the backward.
+        alone: with ``backward``, that the gradients alone are computed, again and again from one forward.
     """
 
     family: ClassVar[str] = "attention"
@@ -44,6 +45,7 @@ class AttentionWorkload:
     key_lengths: Tensor | None = None
     bias: Tensor | None = None
     dropout_p: float = 0.0
+    alone: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,6 +189,32 @@ class FeedForwardWorkload:
 
 
 @dataclass(frozen=True, eq=False)
+class LossWorkload:
+    """The mean cross entropy of a linear layer's logits.
+
+    Attributes:
+        hidden: [tokens, model_dim].
+        weight: [vocabulary, model_dim].
+        target: int64 [tokens].
+        backward: whether gradients of ``tensors`` are wanted, or the loss.
+    """
+
+    family: ClassVar[str] = "linear_cross_entropy"
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    backward: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.hidden, self.weight]
+
+
+@dataclass(frozen=True, eq=False)
 class ModuleWorkload:
     """Self-attention by an ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)``, weights wanted.
 
@@ -239,4 +267,12 @@ class ModelWorkload:
         return next(self.stock.parameters()).dtype
 
 
-Workload = AttentionWorkload | DecodeWorkload | SoftmaxWorkload | FeedForwardWorkload | ModuleWorkload | ModelWorkload
+Workload = (
+    AttentionWorkload
+    | DecodeWorkload
+    | SoftmaxWorkload
+    | FeedForwardWorkload
+    | LossWorkload
+    | ModuleWorkload
+    | ModelWorkload
+)

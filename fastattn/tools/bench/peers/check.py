@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from fastattn.tools import eager
 from fastattn.tools.bench import model, module
 from fastattn.tools.bench.case import relative
+from fastattn.tools.bench.linear_cross_entropy import loss_reference
 from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
     FeedForwardWorkload,
+    LossWorkload,
     ModelWorkload,
     ModuleWorkload,
     SoftmaxWorkload,
@@ -71,13 +73,17 @@ class Check:
 
     def wrong(self, answer: Any) -> str | None:
         """Returns what is wrong with an answer; None if nothing is."""
+        return self.judged(answer)[1]
+
+    def judged(self, answer: Any) -> tuple[float, str | None]:
+        """Returns an answer's error, and what is wrong with it; None if nothing is."""
         factor = _MODEL_FACTOR if self.workload.family == "model" else 1.0
         limit = TOLERANCE[self.workload.dtype] * factor
         try:
             error = self.error(answer)
         except _Shape as shape:
-            return f"wrong answer: {shape}"
-        return None if error <= limit else f"wrong answer: off by {error:.0e} of the largest element"
+            return float("inf"), f"wrong answer: {shape}"
+        return error, None if error <= limit else f"wrong answer: off by {error:.0e} of the largest element"
 
 
 def _compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -207,6 +213,11 @@ def _feed_forward(work: FeedForwardWorkload) -> Callable[[Any], float]:
     return lambda answer: _compared(_tensors(answer), wanted)
 
 
+def _loss(work: LossWorkload) -> Callable[[Any], float]:
+    wanted = loss_reference(work)
+    return lambda answer: _compared(_tensors(answer), wanted)
+
+
 def _answers(function: Callable[..., Tensor], wide: list[Tensor], dout: Tensor, backward: bool) -> list[Tensor]:
     if not backward:
         return [function(*wide)]
@@ -263,6 +274,7 @@ _JUDGES: dict[str, Callable[[Any], Callable[[Any], float]]] = {
     "decode": _decode,
     "softmax": _softmax,
     "feed_forward": _feed_forward,
+    "linear_cross_entropy": _loss,
     "module": _module,
     "model": _model,
 }

@@ -24,6 +24,7 @@ from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
     FeedForwardWorkload,
+    LossWorkload,
     ModuleWorkload,
     SoftmaxWorkload,
 )
@@ -40,6 +41,10 @@ def forget() -> None:
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function compiled for the shapes it is called with."""
+    from torch._functorch import config
+
+    # Or a backward could run once only, and not be timed by itself.
+    config.donated_buffer = False
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -54,6 +59,7 @@ class TorchCompile(Peer):
 
     name = "torch.compile"
     slow_to_build = True
+    devices = ("cpu", "cuda")
 
     def unavailable(self) -> str | None:
         return no_compiler()
@@ -65,7 +71,7 @@ class TorchCompile(Peer):
         visible, dropout_p, group = work.visible(), work.dropout_p, heads // work.key.shape[1]
         mask = None
         if visible is not None:
-            mask = torch.zeros(visible.shape, dtype=work.dtype).masked_fill(~visible, float("-inf"))
+            mask = torch.zeros_like(visible, dtype=work.dtype).masked_fill(~visible, float("-inf"))
 
         def plain(*tensors: Tensor) -> Tensor:
             query, key, value, *bias = tensors
@@ -81,7 +87,7 @@ class TorchCompile(Peer):
                 weights = F.dropout(weights, dropout_p)
             return weights @ value
 
-        return timed(compile(plain), work.tensors, work.dout, backward=work.backward)
+        return timed(compile(plain), work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return self.attention(AttentionWorkload(work.query, work.key, work.value, work.query))
@@ -111,6 +117,14 @@ class TorchCompile(Peer):
 
         return timed(compile(plain), work.tensors, work.dout, backward=work.backward)
 
+    def linear_cross_entropy(self, work: LossWorkload) -> Call | None:
+        target = work.target
+
+        def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight), target)
+
+        return timed(compile(plain), work.tensors, backward=work.backward)
+
     def module(self, work: ModuleWorkload) -> Call | None:
         stock = module.stock(work, work.dtype).train(work.training)
         compiled = compile(stock)
@@ -128,6 +142,7 @@ class FlexAttention(Peer):
 
     name = "flex attention"
     slow_to_build = True
+    devices = ("cpu", "cuda")
 
     def unavailable(self) -> str | None:
         return no_compiler()
@@ -166,7 +181,8 @@ class FlexAttention(Peer):
         call = compile(lambda q, k, v: flex_attention(q, k, v, score, mask, enable_gqa=grouped))
         if work.backward and bias is not None:
             return None  # its gradient would have to be asked for in another way
-        return timed(call, [work.query, work.key, work.value], work.dout, backward=work.backward)
+        inputs = [work.query, work.key, work.value]
+        return timed(call, inputs, work.dout, backward=work.backward, alone=work.alone)
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return self.attention(AttentionWorkload(work.query, work.key, work.value, work.query))

@@ -9,6 +9,7 @@ from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
     FeedForwardWorkload,
+    LossWorkload,
     ModelWorkload,
     ModuleWorkload,
     SoftmaxWorkload,
@@ -29,6 +30,8 @@ class Peer:
     name: str
     #: Whether getting a call ready takes seconds; a quick run does without.
     slow_to_build = False
+    #: Where it runs: "cpu", "cuda".
+    devices: tuple[str, ...] = ("cpu",)
 
     def unavailable(self) -> str | None:
         """Returns why this peer cannot run here; None if it can."""
@@ -48,6 +51,9 @@ class Peer:
         return None
 
     def feed_forward(self, work: FeedForwardWorkload) -> Call | None:
+        return None
+
+    def linear_cross_entropy(self, work: LossWorkload) -> Call | None:
         return None
 
     def module(self, work: ModuleWorkload) -> Call | None:

@@ -17,19 +17,21 @@ from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
     FeedForwardWorkload,
+    LossWorkload,
     ModelWorkload,
     ModuleWorkload,
     SoftmaxWorkload,
 )
 
 # An eager peer that holds more scores than this tells nothing but that memory is slow.
-_EAGER_ELEMENTS = 1 << 25
+_EAGER_ELEMENTS, _EAGER_ELEMENTS_GPU = 1 << 25, 1 << 28
 
 
 class TorchSdpa(Peer):
     """``F.scaled_dot_product_attention``, which chooses its kernel itself."""
 
     name = "torch SDPA"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def attention(self, work: AttentionWorkload) -> Call | None:
         allowed = None if work.only_causal else work.visible()
@@ -43,7 +45,7 @@ class TorchSdpa(Peer):
 
         if work.bias is not None and (work.only_causal or allowed is not None):
             return None  # one argument for both
-        return timed(sdpa, work.tensors, work.dout, backward=work.backward)
+        return timed(sdpa, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=work.grouped), work.tensors)
@@ -54,6 +56,7 @@ class TorchSdpaMath(TorchSdpa):
     falls back to."""
 
     name = "torch SDPA (math)"
+    devices = ("cpu",)
 
     def attention(self, work: AttentionWorkload) -> Call | None:
         batch, heads, seq_q, _ = work.query.shape
@@ -81,14 +84,48 @@ def _without_flash(call: Call | None) -> Call | None:
     return run
 
 
+class TorchSdpaKernel(TorchSdpa):
+    """``F.scaled_dot_product_attention`` bound to one of its GPU kernels; one that refuses a call raises."""
+
+    devices = ("cuda",)
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = f"torch SDPA ({name})"
+        self._backend = backend
+
+    def attention(self, work: AttentionWorkload) -> Call | None:
+        batch, heads, seq_q, _ = work.query.shape
+        if self._backend == "MATH" and batch * heads * seq_q * work.key.shape[2] > _EAGER_ELEMENTS_GPU:
+            return None
+        return self._bound(super().attention(work))
+
+    def decode(self, work: DecodeWorkload) -> Call | None:
+        return self._bound(super().decode(work))
+
+    def _bound(self, call: Call | None) -> Call | None:
+        if call is None:
+            return None
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = getattr(SDPBackend, self._backend)
+
+        def run() -> Any:
+            with sdpa_kernel(backend):
+                return call()
+
+        return run
+
+
 class TorchEager(Peer):
     """Attention and feed-forward as one writes them from PyTorch's ops, and the fused row-wise ops."""
 
     name = "torch eager"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def attention(self, work: AttentionWorkload) -> Call | None:
         batch, heads, seq_q, _ = work.query.shape
-        if batch * heads * seq_q * work.key.shape[2] > _EAGER_ELEMENTS or work.dropout_p:
+        most = _EAGER_ELEMENTS_GPU if work.query.is_cuda else _EAGER_ELEMENTS
+        if batch * heads * seq_q * work.key.shape[2] > most or work.dropout_p:
             return None
         visible = work.visible()
 
@@ -96,7 +133,7 @@ class TorchEager(Peer):
             query, key, value, *bias = tensors
             return eager.attention(query, key, value, visible=visible, bias=bias[0] if bias else None)[0]
 
-        return timed(plain, work.tensors, work.dout, backward=work.backward)
+        return timed(plain, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
     def softmax(self, work: SoftmaxWorkload) -> Call | None:
         columns = (work.input.shape[-1],)
@@ -129,11 +166,21 @@ class TorchEager(Peer):
 
         return timed(plain, work.tensors, work.dout, backward=work.backward)
 
+    def linear_cross_entropy(self, work: LossWorkload) -> Call | None:
+        target = work.target
+        # In the inputs' dtype throughout: the fastest way to write it, and the least exact.
+        return timed(
+            lambda hidden, weight: F.cross_entropy(F.linear(hidden, weight), target),
+            work.tensors,
+            backward=work.backward,
+        )
+
 
 class TorchNn(Peer):
     """``torch.nn``'s modules, with the native fast path where they take it."""
 
     name = "torch.nn"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def module(self, work: ModuleWorkload) -> Call | None:
         return module.call(module.stock(work, work.dtype), work)
@@ -169,4 +216,14 @@ def _without_fastpath(call: Call | None) -> Call | None:
     return run
 
 
-TORCH_PEERS: tuple[Peer, ...] = (TorchSdpa(), TorchSdpaMath(), TorchEager(), TorchNn(), TorchNnSlowPath())
+TORCH_PEERS: tuple[Peer, ...] = (
+    TorchSdpa(),
+    TorchSdpaMath(),
+    TorchSdpaKernel("flash", "FLASH_ATTENTION"),
+    TorchSdpaKernel("cuDNN", "CUDNN_ATTENTION"),
+    TorchSdpaKernel("efficient", "EFFICIENT_ATTENTION"),
+    TorchSdpaKernel("math on a GPU", "MATH"),
+    TorchEager(),
+    TorchNn(),
+    TorchNnSlowPath(),
+)

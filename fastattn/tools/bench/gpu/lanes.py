@@ -1,0 +1,276 @@
+"""Runs jobs in child processes, a few at a time, so that one which fails, dies or hangs takes none with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import fastattn
+from fastattn.tools.bench.gpu.jobs import Context, Job, Record
+
+# Seconds to import PyTorch and wake the GPU in, and to end a child that is asked to.
+_START, _END = 180.0, 5.0
+# Children in a row that may end before they have begun: then something else is wrong.
+_STILLBORN = 3
+_TAIL = 3000
+
+
+class Outcome(NamedTuple):
+    """What became of a job.
+
+    Attributes:
+        job: which.
+        status: "done", "failed", "died", "hung" or "dropped".
+        error: one line, if there is something to say.
+        trace: a traceback, or the end of what the child printed.
+        seconds: that it took.
+    """
+
+    job: Job
+    status: str
+    error: str | None
+    trace: str | None
+    seconds: float
+
+
+def run(
+    jobs: Sequence[Job],
+    context: Context,
+    *,
+    lanes: int,
+    deadline: float,
+    on_record: Callable[[Job, Record], None],
+    on_outcome: Callable[[Outcome], None],
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Runs the jobs, the most important first, ``lanes`` at a time; returns when all are done or the time is up.
+
+    Args:
+        jobs: what to do.
+        context: what they go by.
+        lanes: child processes at a time.
+        deadline: of ``time.monotonic()``; what has not begun by then is dropped, and what has not ended is stopped.
+        on_record: called with each record, from one thread at a time.
+        on_outcome: called once for each job, likewise.
+        environment: variables for the children.
+    """
+    queue = _Queue(jobs, deadline)
+    lock = threading.Lock()
+
+    def record(job: Job, found: Record) -> None:
+        with lock:
+            on_record(job, found)
+
+    def outcome(found: Outcome) -> None:
+        with lock:
+            on_outcome(found)
+
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=_Lane(context, queue, record, outcome, environment or {}, stop).run, daemon=True)
+        for _ in range(max(1, min(lanes, len(jobs))))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join(2 * _END)
+        raise
+    for job in queue.rest():
+        outcome(Outcome(job, "dropped", "out of time", None, 0.0))
+
+
+class _Queue:
+    """Jobs by importance; of those that are left, the first for which there is time."""
+
+    def __init__(self, jobs: Sequence[Job], deadline: float) -> None:
+        self.deadline = deadline
+        self._jobs = sorted(jobs, key=lambda job: job.importance)
+        self._lock = threading.Lock()
+
+    def take(self) -> Job | None:
+        with self._lock:
+            left = self.deadline - time.monotonic()
+            for k, job in enumerate(self._jobs):
+                if job.least <= left:
+                    return self._jobs.pop(k)
+        return None
+
+    def rest(self) -> list[Job]:
+        with self._lock:
+            left, self._jobs = self._jobs, []
+        return left
+
+
+class _Lane:
+    """One child after another, until no job is left."""
+
+    def __init__(
+        self,
+        context: Context,
+        queue: _Queue,
+        on_record: Callable[[Job, Record], None],
+        on_outcome: Callable[[Outcome], None],
+        environment: Mapping[str, str],
+        stop: threading.Event,
+    ) -> None:
+        self._context = context
+        self._queue = queue
+        self._on_record = on_record
+        self._on_outcome = on_outcome
+        self._environment = environment
+        self._stop = stop
+
+    def run(self) -> None:
+        stillborn = 0
+        while stillborn < _STILLBORN and not self._stop.is_set():
+            job = self._queue.take()
+            if job is None:
+                return
+            with _Child(self._context, self._environment, self._stop) as child:
+                # A job that finds no child to run in is told so, and the next one tried with another.
+                if not child.ready(self._queue.deadline):
+                    stillborn += 1
+                    self._on_outcome(Outcome(job, "died", "its process did not start", child.tail(), 0.0))
+                    continue
+                stillborn = 0
+                while job is not None:
+                    outcome = self._do(job, child)
+                    self._on_outcome(outcome)
+                    if not child.usable:
+                        break
+                    job = None if self._stop.is_set() else self._queue.take()
+                else:
+                    return
+
+    def _do(self, job: Job, child: _Child) -> Outcome:
+        start = time.monotonic()
+
+        def outcome(status: str, error: str | None = None, trace: str | None = None) -> Outcome:
+            return Outcome(job, status, error, trace, time.monotonic() - start)
+
+        child.send(job)
+        end = min(start + job.limit, max(self._queue.deadline, start + job.least))
+        while True:
+            line = child.read(end)
+            if line is None:
+                what = "hung" if child.running() else "died"
+                in_time = time.monotonic() < start + job.limit
+                error = {
+                    "hung": "stopped: the time was up" if in_time else f"stopped after {job.limit:.0f} s",
+                    "died": f"its process ended with status {child.status()}",
+                }[what]
+                return outcome(what, error, child.tail())
+            if "record" in line:
+                self._on_record(job, line["record"])
+            elif "done" in line:
+                child.usable = not line["poisoned"]
+                return outcome("failed" if line["error"] else "done", line["error"], line["trace"])
+
+
+class _Child:
+    """A process that does jobs; it ends with the block."""
+
+    def __init__(self, context: Context, environment: Mapping[str, str], stop: threading.Event) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it ends with the child
+        self._stop = stop
+        self.usable = True
+        root = str(Path(fastattn.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastattn.tools.bench.gpu.child", json.dumps(context.as_json())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            start_new_session=True,  # so that what it starts itself, such as compilers, ends with it
+        )
+        self._text = b""
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            try:
+                stream.close()
+            except OSError:
+                continue
+        if self.usable:
+            try:
+                self._process.wait(_END)
+            except subprocess.TimeoutExpired:
+                self.usable = False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def ready(self, deadline: float) -> bool:
+        """Waits until the child takes jobs; returns whether it does."""
+        line = self.read(min(time.monotonic() + _START, max(deadline, time.monotonic() + 1.0)))
+        return line is not None and "ready" in line
+
+    def send(self, job: Job) -> None:
+        pipe: IO[bytes] | None = self._process.stdin
+        assert pipe is not None
+        try:
+            pipe.write(json.dumps(job.as_json()).encode() + b"\n")
+            pipe.flush()
+        except OSError:
+            self.usable = False  # it has ended, which reading from it tells
+
+    def read(self, end: float) -> dict[str, Any] | None:
+        """Returns the next line; None, and the child is of no more use, if none comes before ``end``."""
+        pipe = self._process.stdout
+        assert pipe is not None
+        while b"\n" not in self._text:
+            left = end - time.monotonic()
+            if left <= 0 or self._stop.is_set():
+                self.usable = False
+                return None
+            if select.select([pipe], [], [], min(left, 0.5))[0]:
+                found = os.read(pipe.fileno(), 1 << 16)
+                if not found:
+                    self.usable = False
+                    return None
+                self._text += found
+        line, self._text = self._text.split(b"\n", 1)
+        return json.loads(line)
+
+    def running(self) -> bool:
+        """Whether the process still runs."""
+        try:
+            self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def status(self) -> str:
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return signal.Signals(-code).name
+        return str(code)
+
+    def tail(self) -> str:
+        """Returns the end of what the child printed."""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(size - _TAIL, 0))
+        return self._log.read().decode(errors="replace")

@@ -1,0 +1,145 @@
+"""Which jobs a run has, and how important each is: the lower, the sooner it is begun, and what comes last is dropped
+when time is short."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastattn.tools import op_cases
+from fastattn.tools.bench import families
+from fastattn.tools.bench.gpu import numerics, search
+from fastattn.tools.bench.gpu.jobs import Job
+
+# Rows of the grid that a quick run times.
+_QUICK_ROWS = {
+    "attention": ("d64-full", "d128-8k", "d128-16k", "bias-grad"),
+    "decode": ("long", "gpu"),
+    "softmax": ("65536x4096", "8192x32768", "1024x262144"),
+    "feed_forward": ("8192x4096x16384xgelu",),
+    "linear_cross_entropy": ("8192x4096x131072",),
+}
+_FAMILIES = ("attention", "decode", "softmax", "linear_cross_entropy", "feed_forward")
+_FORWARD, _BOTH, _BACKWARD = "forward", "forward + backward", "backward"
+_ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
+_TINY_ROW: dict[str, Any] = {"batch": 1, "heads": [2, 1], "seq_len": [20, 20], "head_dim": 16, "causal": True}
+_TINY: dict[str, list[tuple[str, Any]]] = {
+    "attention": [
+        ("tiny", _TINY_ROW),
+        ("bias", {**_TINY_ROW, "heads": [2, 2], "causal": False, "bias": "learned"}),
+    ],
+    "decode": [("tiny", {"batch": 1, "heads": [2, 1], "cache": 33, "head_dim": 16})],
+    "softmax": [("3x70", [3, 70])],
+    "linear_cross_entropy": [("5x16x40", [5, 16, 40])],
+    "feed_forward": [("5x16x40xgelu", [5, 16, 40, "gelu"])],
+}  # fmt: skip
+# Masks and biases that between them reach every branch; the others come later.
+_FIRST_MASKS, _FIRST_BIASES = ("none", "causal & lengths", "all of them"), ("", "dense bias", "relative bias")
+
+
+def environment() -> Job:
+    return Job("environment", "environment", "environment", limit=90.0)
+
+
+def checks(backends: Sequence[str], *, quick: bool, tiny: bool) -> list[Job]:
+    """Returns the jobs of numerics."""
+    found: list[Job] = []
+    for backend in backends:
+        found += _rules(backend, quick=quick, tiny=tiny)
+        if backend == "reference":
+            continue
+        raced = ("d128-causal",) if tiny else numerics.RACED
+        for row in raced:
+            given = {"row": row, "backend": backend}
+            found.append(Job(f"races {row} {backend}", "numerics", "races", given, importance=1.5, limit=180.0))
+        for op in (
+            ("softmax",) if tiny else ("softmax", "layer_norm", "rms_norm", "feed_forward", "linear_cross_entropy")
+        ):
+            given = {"op": op, "backend": backend}
+            found.append(Job(f"races {op} {backend}", "numerics", "row-races", given, importance=2.5))
+        for kind in ("dropout", "poison", "weights", "packed"):
+            found.append(Job(f"{kind} {backend}", "numerics", kind, {"backend": backend}, importance=2.0))
+        if not (quick or tiny):
+            found.append(Job(f"huge {backend}", "numerics", "huge", {"backend": backend}, importance=4.0, limit=180.0))
+    return found
+
+
+def _rules(backend: str, *, quick: bool, tiny: bool) -> Iterator[Job]:
+    """Yields a job for each case of `fastattn verify`, each larger one and each dtype."""
+    for op in [*op_cases.FAMILIES, "large"]:
+        cases = numerics.large_cases(tiny) if op == "large" else op_cases.cases([op])
+        for index, case in enumerate(cases):
+            first = case.op != "attention" or (case.mask in _FIRST_MASKS and case.variant in _FIRST_BIASES)
+            if tiny and index > 0:
+                break
+            for dtype in ("bfloat16",) if tiny else ("bfloat16", "float16", "float32"):
+                half = dtype != "float32"
+                if (quick and (not half or not (first or op == "large"))) or (op == "large" and not half):
+                    continue
+                importance = (1.0 if first else 3.0) + {"bfloat16": 0.0, "float16": 1.0, "float32": 2.0}[dtype]
+                if op == "large":
+                    importance = 1.2 if dtype == "bfloat16" else 2.2
+                if backend == "reference":
+                    importance += 3.0
+                label = ", ".join(filter(None, [case.mask, case.variant]))
+                words = ["verify", op, case.op if op == "large" else "", label, dtype, backend]
+                name = " ".join(filter(None, words))
+                given = {"op": op, "index": index, "dtype": dtype, "backend": backend}
+                yield Job(f"{name} #{index}", "numerics", "rule", given, importance=importance)
+
+
+def timings(*, quick: bool, tiny: bool, device: str) -> list[Job]:
+    """Returns the jobs that time rows."""
+    found = []
+    for family in _FAMILIES:
+        rows = _TINY[family] if tiny else families.rows(family, _QUICK_ROWS[family] if quick else None, device)
+        for at, (row, shape) in enumerate(rows):
+            for job in _row(family, row, shape, at, quick=quick, tiny=tiny):
+                found.append(job)
+    return found
+
+
+def _row(family: str, row: str, shape: Any, at: int, *, quick: bool, tiny: bool) -> Iterator[Job]:
+    """Yields a row's jobs: bfloat16 beside everybody, and attention in float16 beside what needs no compiling."""
+    base = {"attention": 0.0, "decode": 1.0, "softmax": 2.0, "linear_cross_entropy": 1.5, "feed_forward": 1.8}[family]
+    given: dict[str, Any] = {"family": family, "row": row, "shape": shape, "dtype": "bfloat16"}
+    given |= {"directions": [_FORWARD, _BOTH, _BACKWARD], "compiled": not (quick or tiny)}
+    importance = base + 0.05 * at
+    if family == "softmax":
+        for k, op in enumerate(_ROW_OPS):
+            if not quick or op in ("softmax", "rms_norm"):
+                yield _timing({**given, "op": op}, importance + 0.01 * k)
+        return
+    yield _timing(given, importance)
+    if family == "attention" and not (quick or tiny):
+        yield _timing(
+            {**given, "dtype": "float16", "directions": [_FORWARD, _BOTH], "compiled": False}, importance + 3.0
+        )
+
+
+def _timing(given: dict[str, Any], importance: float) -> Job:
+    words = ["time", given["family"], given.get("op"), given["row"], given["dtype"]]
+    return Job(" ".join(filter(None, words)), "speed", "time", given, importance=importance, limit=90.0, least=4.0)
+
+
+def warmings(jobs: Sequence[Job]) -> list[Job]:
+    """Returns a job for each that times, which has all of its kernels compiled beforehand."""
+    return [
+        Job(job.name.replace("time", "warm", 1), "speed", "warm", job.parameters, 0.1 * job.importance, limit=240.0)
+        for job in jobs
+    ]
+
+
+def candidates(*, quick: bool, tiny: bool) -> list[Job]:
+    """Returns the jobs that check each candidate of the tile search; none without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    found = []
+    for k, one in enumerate(search.searches(quick=quick, tiny=tiny)):
+        for at, tile in enumerate(search.candidates(one, quick=quick, tiny=tiny)):
+            given = {"search": one.as_json(), "tile": list(tile)}
+            name = f"candidate {one.name} {'x'.join(map(str, tile))}"
+            importance = 2.8 + 0.1 * k + 0.01 * at
+            found.append(Job(name, "search", "check", given, importance=importance, limit=60.0))
+    return found

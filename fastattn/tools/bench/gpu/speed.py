@@ -1,0 +1,100 @@
+"""How fast: the benchmark's rows, ours and the peers' in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastattn.tools.bench import families, peers
+from fastattn.tools.bench.case import Case
+from fastattn.tools.bench.gpu.jobs import Context, Emit, Job, Record
+from fastattn.tools.bench.measuring import OURS, Line, Settings, checked, measure
+from fastattn.tools.bench.peers.peer import Peer
+
+
+def _cases(job: Job, context: Context) -> Iterator[Case]:
+    """Yields the cases of a row that the job asks for."""
+    given = job.parameters
+    dtype = getattr(torch, given["dtype"])
+    for case in families.FAMILIES[given["family"]](given["row"], given["shape"], dtype, context.device):
+        if case.direction in given["directions"] and given.get("op", "") in ("", case.name.split(" ")[0]):
+            yield case
+
+
+def _peers(job: Job, context: Context) -> list[Peer]:
+    given = job.parameters
+    found = peers.chosen(given.get("peers"), quick=not given["compiled"], device=context.device)
+    return [peer for peer in found if peer.unavailable() is None]
+
+
+def _time(job: Job, context: Context, emit: Emit) -> None:
+    """Checks and times each direction of a row; one that fails takes no other with it."""
+    who = _peers(job, context)
+    settings = Settings(list(context.backends), who, context.device, context.seconds)
+    dtype = getattr(torch, job.parameters["dtype"])
+    for case in _cases(job, context):
+        try:
+            lines = measure(case, dtype, settings)
+        except Exception as problem:
+            if context.device != "cpu":
+                torch.cuda.synchronize()  # raises where the GPU is lost to this process: the job has failed, too
+            emit({**_named(case, job), "who": OURS, "note": f"failed: {type(problem).__name__}: {problem}"[:300]})
+            continue
+        for line in lines:
+            for record in flattened(line, case):
+                emit({**_named(case, job), **record})
+
+
+def _named(case: Case, job: Job) -> Record:
+    return {"op": case.family, "row": case.name, "direction": case.direction, "dtype": job.parameters["dtype"]}
+
+
+def flattened(line: Line, case: Case) -> Iterator[Record]:
+    """Yields a record for each that was timed, and for each that was left out with the reason."""
+    backend = line["backend"]
+    times, memory, errors = (line.get(name, {}) for name in ("times_us", "memory_bytes", "peer_errors"))
+    if OURS not in times:
+        yield {"who": OURS, "backend": backend, "error": line["error"], "note": line.get("note", "not timed")}
+    for name, timing in times.items():
+        ours = name == OURS
+        yield {
+            "who": name,
+            "backend": backend if ours else None,
+            "served_by": line.get("served_by") if ours else None,
+            "median_us": timing["median"],
+            "p20_us": timing["p20"],
+            "p80_us": timing["p80"],
+            "repeats": timing["repeats"],
+            **figure(case, timing["median"]),
+            "error": line["error"] if ours else errors.get(name),
+            "memory_bytes": memory.get(name),
+            "flops": case.flops,
+            "moved": case.moved,
+        }
+    for name, reason in line.get("left_out", {}).items():
+        yield {"who": name, "backend": None, "note": reason}
+
+
+def figure(case: Case, median: float) -> dict[str, Any]:
+    """Returns what a median, in microseconds, amounts to."""
+    if case.unit == "GB/s":
+        return {"figure": case.moved / median / 1e3, "unit": "GB/s"}
+    return {"figure": case.flops / median / 1e6, "unit": "TFLOP/s"}
+
+
+def _warm(job: Job, context: Context, emit: Emit) -> None:
+    """Runs each direction of a row once, and lets the peers that compile do so: all of it is then on the disk."""
+    dtype = getattr(torch, job.parameters["dtype"])
+    slow = [peer for peer in _peers(job, context) if peer.slow_to_build]
+    for case in _cases(job, context):
+        for backend in context.backends:
+            _, call = checked(case, dtype, backend)
+            if call is not None:
+                call()
+        if case.workload is not None and slow:
+            peers.ready(case.workload, slow)
+
+
+KINDS: dict[str, Callable[[Job, Context, Emit], None]] = {"time": _time, "warm": _warm}
