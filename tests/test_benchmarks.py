@@ -13,7 +13,7 @@ import torch
 from fastattn.tools.bench import families
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("attention", "decode", "softmax", "feed_forward", "module", "model")
+FAMILIES = ("attention", "decode", "softmax", "feed_forward", "linear_cross_entropy", "module", "model")
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "benchmarks" / "conftest.py").exists(), reason="not a checkout"),
@@ -46,13 +46,14 @@ def test_one_row_runs():
     assert "3 passed" in result.stdout
 
 
-@pytest.mark.parametrize("family", ["attention", "decode", "softmax", "feed_forward", "module"])
+@pytest.mark.parametrize("family", ["attention", "decode", "softmax", "feed_forward", "linear_cross_entropy", "module"])
 def test_the_files_name_the_harness_cases(family):
     small = {
         "attention": {"batch": 1, "heads": [1, 1], "seq_len": [3, 3], "head_dim": 8, "causal": False},
         "decode": {"batch": 1, "heads": [1, 1], "cache": 4, "head_dim": 8},
         "softmax": [2, 8],
         "feed_forward": [2, 8, 8, "relu"],
+        "linear_cross_entropy": [2, 8, 8],
         "module": [1, 3, 8, 1],
     }[family]
     scope: dict[str, object] = {}

@@ -25,6 +25,8 @@ _BUDGET, _QUICK_BUDGET = 570.0, 170.0
 _CHECKED, _TIMED, _FINISH = 0.5, 0.85, 10.0
 _SECONDS, _QUICK_SECONDS = 0.15, 0.1
 _MOST_LANES = 14
+# Seconds for a job that is to hang, for the tests.
+_HUNG = 2.0
 SECTIONS = ("numerics", "speed", "search")
 
 
@@ -36,12 +38,9 @@ class Run:
         context: of its jobs.
         budget: seconds.
         at_a_time: children while nothing is timed.
-        limit: seconds for each job, if that is less than its own.
     """
 
-    def __init__(
-        self, folder: Path, context: Context, budget: float, at_a_time: int, limit: float = float("inf")
-    ) -> None:
+    def __init__(self, folder: Path, context: Context, budget: float, at_a_time: int) -> None:
         self.folder = folder
         self.context = context
         self.records: list[Record] = []
@@ -49,7 +48,6 @@ class Run:
         self._start = time.monotonic()
         self._budget = budget
         self._lanes = at_a_time
-        self._limit = limit
         self._results = (folder / RESULTS).open("w", encoding="utf-8")
         self._log = (folder / LOG).open("w", encoding="utf-8")
         self._common: Record = {}
@@ -82,7 +80,8 @@ class Run:
         if not jobs:
             return
         count = 1 if alone else self._lanes
-        jobs = [replace(job, limit=min(job.limit, self._limit)) for job in jobs]
+        hanging = {name for name, what in self.context.inject.items() if what == "hang"}
+        jobs = [replace(job, limit=_HUNG) if job.name in hanging else job for job in jobs]
         self.say(f"{what}: {len(jobs)} jobs, {count} at a time, {max(deadline - time.monotonic(), 0):.0f} s at most")
         settings = {"TRITON_INTERPRET": "1" if self.context.device == "cpu" else "0"}
         if not alone:
@@ -143,7 +142,7 @@ class Run:
         if not self.context.backends:
             self.say("no backend of ours can run here: only the reference is checked")
             timed = []
-        searched = plan.candidates(**options) if "search" in sections and "triton" in self.context.backends else []
+        searched = self._candidates() if "search" in sections and "triton" in self.context.backends else []
         checked = plan.checks([*self.context.backends, "reference"], **options) if "numerics" in sections else []
         # The interpreter compiles nothing.
         ahead = plan.warmings(timed) if self.context.device != "cpu" else []
@@ -154,6 +153,18 @@ class Run:
         if sampler.summary():
             self.add("run", {"clocks_during": sampler.summary()})
         self.stage("tile search", self._chosen(searched), self.at(1.0), alone=True)
+
+    def _candidates(self) -> list[Job]:
+        capability = summary.merged(self.records, "run").get("machine", {}).get("capability", "0.0")
+        try:
+            return plan.candidates(int(capability.replace(".", "")), quick=self.context.quick, tiny=self.context.tiny)
+        except Exception as problem:  # no other section depends on it
+            self.failed = True
+            self.log(_trace(problem))
+            self.add(
+                "outcome", {"job": "candidates", "status": "failed", "error": f"{type(problem).__name__}: {problem}"}
+            )
+            return []
 
     def _alone(self, timed: Sequence[Job]) -> list[Job]:
         """Returns what failed as jobs without peers: it may have been one of these."""
@@ -221,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     budget = given.budget or (_QUICK_BUDGET if given.quick else _BUDGET)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    run = Run(given.out, context, budget, given.lanes or max(1, min(cores - 2, _MOST_LANES)), given.limit)
+    run = Run(given.out, context, budget, given.lanes or max(1, min(cores - 2, _MOST_LANES)))
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
@@ -259,7 +270,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lanes", type=int, help="processes that check and compile at a time (one a core)")
     # What is to go wrong: "die=JOB", "raise=JOB", "hang=JOB" or "wrong=CANDIDATE"; for the tests.
     parser.add_argument("--inject", action="append", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--limit", type=float, default=float("inf"), help=argparse.SUPPRESS)
     return parser
 
 

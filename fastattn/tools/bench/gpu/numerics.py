@@ -31,7 +31,12 @@ def large_cases(tiny: bool = False) -> Iterator[OpCase]:
     """Yields calls that cross every tile of every table several times, and no multiple of any."""
     if tiny:
         yield op_cases.attention_case("causal", "none", "gqa", shape=Shape(2, 2, 21, 35), head_dim=16)
-        yield from list(row_cases.softmax_cases(3, 70))[:1]
+        for cases in (
+            row_cases.softmax_cases(3, 70),
+            row_cases.feed_forward_cases(5, 16, 40),
+            row_cases.linear_cross_entropy_cases(5, 16, 40),
+        ):
+            yield next(cases)
         return
     long = Shape(2, 4, 1029, 1283)
     for dim in (64, 128, 256):

@@ -3,7 +3,6 @@ when time is short."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,10 +24,7 @@ _FORWARD, _BOTH, _BACKWARD = "forward", "forward + backward", "backward"
 _ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 _TINY_ROW: dict[str, Any] = {"batch": 1, "heads": [2, 1], "seq_len": [20, 20], "head_dim": 16, "causal": True}
 _TINY: dict[str, list[tuple[str, Any]]] = {
-    "attention": [
-        ("tiny", _TINY_ROW),
-        ("bias", {**_TINY_ROW, "heads": [2, 2], "causal": False, "bias": "learned"}),
-    ],
+    "attention": [("tiny", _TINY_ROW)],
     "decode": [("tiny", {"batch": 1, "heads": [2, 1], "cache": 33, "head_dim": 16})],
     "softmax": [("3x70", [3, 70])],
     "linear_cross_entropy": [("5x16x40", [5, 16, 40])],
@@ -67,15 +63,16 @@ def checks(backends: Sequence[str], *, quick: bool, tiny: bool) -> list[Job]:
 
 def _rules(backend: str, *, quick: bool, tiny: bool) -> Iterator[Job]:
     """Yields a job for each case of `fastattn verify`, each larger one and each dtype."""
-    for op in [*op_cases.FAMILIES, "large"]:
+    for op in ["rms_norm", "large"] if tiny else [*op_cases.FAMILIES, "large"]:
         cases = numerics.large_cases(tiny) if op == "large" else op_cases.cases([op])
         for index, case in enumerate(cases):
             first = case.op != "attention" or (case.mask in _FIRST_MASKS and case.variant in _FIRST_BIASES)
-            if tiny and index > 0:
+            if tiny and op != "large" and index > 0:
                 break
             for dtype in ("bfloat16",) if tiny else ("bfloat16", "float16", "float32"):
-                half = dtype != "float32"
-                if (quick and (not half or not (first or op == "large"))) or (op == "large" and not half):
+                if quick and (dtype != "bfloat16" or backend == "reference" or not (first or op == "large")):
+                    continue
+                if op == "large" and (dtype == "float32" or backend == "reference"):
                     continue
                 importance = (1.0 if first else 3.0) + {"bfloat16": 0.0, "float16": 1.0, "float32": 2.0}[dtype]
                 if op == "large":
@@ -105,6 +102,8 @@ def _row(family: str, row: str, shape: Any, at: int, *, quick: bool, tiny: bool)
     base = {"attention": 0.0, "decode": 1.0, "softmax": 2.0, "linear_cross_entropy": 1.5, "feed_forward": 1.8}[family]
     given: dict[str, Any] = {"family": family, "row": row, "shape": shape, "dtype": "bfloat16"}
     given |= {"directions": [_FORWARD, _BOTH, _BACKWARD], "compiled": not (quick or tiny)}
+    if tiny:
+        given["peers"] = ["torch SDPA", "torch eager"]
     importance = base + 0.05 * at
     if family == "softmax":
         for k, op in enumerate(_ROW_OPS):
@@ -131,13 +130,11 @@ def warmings(jobs: Sequence[Job]) -> list[Job]:
     ]
 
 
-def candidates(*, quick: bool, tiny: bool) -> list[Job]:
-    """Returns the jobs that check each candidate of the tile search; none without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return []
+def candidates(architecture: int, *, quick: bool, tiny: bool) -> list[Job]:
+    """Returns the jobs that check each candidate of the tile search on an architecture."""
     found = []
     for k, one in enumerate(search.searches(quick=quick, tiny=tiny)):
-        for at, tile in enumerate(search.candidates(one, quick=quick, tiny=tiny)):
+        for at, tile in enumerate(search.candidates(one, architecture, quick=quick, tiny=tiny)):
             given = {"search": one.as_json(), "tile": list(tile)}
             name = f"candidate {one.name} {'x'.join(map(str, tile))}"
             importance = 2.8 + 0.1 * k + 0.01 * at
