@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc):
     family = metafunc.module.FAMILY
     who = [measuring.OURS]
     # A peer offers a family by overriding its method.
-    who += [p.name for p in peers.PEERS if getattr(type(p), family) is not getattr(Peer, family)]
+    who += [p.name for p in peers.chosen() if getattr(type(p), family) is not getattr(Peer, family)]
     metafunc.parametrize("who", who)
     metafunc.parametrize("dtype", DTYPES)
     found = [(row, *case) for row, _ in families.rows(family) for case in metafunc.module.cases(row)]

@@ -52,6 +52,7 @@ def _small_grid():
         "decode": {"rows": [{"name": "one", "batch": 1, "heads": [4, 2], "cache": 33, "head_dim": 8}]},
         "softmax": {"rows": [[7, 33]]},
         "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
+        "linear_cross_entropy": {"rows": [[5, 8, 33]]},
         "module": {"rows": [[2, 5, 16, 2]]},
         "model": {
             "generate": [{"batch": 2, "source": 5, "new_tokens": 4}],
@@ -80,6 +81,7 @@ COUNTS = {
     "decode": 1,
     "softmax": 4 * 2,
     "feed_forward": 2 * 2,
+    "linear_cross_entropy": 2,
     "module": 3,
     "model": 3,
     "threads": 2,

@@ -147,7 +147,7 @@ def test_a_peer_that_fails_or_is_wrong_is_reported_and_not_timed():
         found = peers.ready(attention(), [Strange(answer), *peers.chosen(["torch SDPA"])])
         assert list(found.calls) == ["torch SDPA"]
         assert reason in found.failed["strange"]
-    assert peers.ready(attention(), [Strange(lambda work: None)]) == ({}, {})
+    assert peers.ready(attention(), [Strange(lambda work: None)]) == ({}, {}, {})
 
 
 def test_what_a_peer_leaves_out_is_noticed():
@@ -187,4 +187,4 @@ def test_who_is_not_installed_says_so(monkeypatch):
     reasons = peers.absent(peers.chosen(names))
     assert list(reasons) == names
     assert all(reason.startswith("not installed: ") for reason in reasons.values())
-    assert peers.ready(attention(), peers.chosen(names)) == ({}, {})
+    assert peers.ready(attention(), peers.chosen(names)) == ({}, {}, {})

@@ -93,6 +93,9 @@ class TorchSdpaKernel(TorchSdpa):
         self.name = f"torch SDPA ({name})"
         self._backend = backend
 
+    def unavailable(self) -> str | None:
+        return None if torch.cuda.is_available() else "runs on CUDA devices alone"
+
     def attention(self, work: AttentionWorkload) -> Call | None:
         batch, heads, seq_q, _ = work.query.shape
         if self._backend == "MATH" and batch * heads * seq_q * work.key.shape[2] > _EAGER_ELEMENTS_GPU:
