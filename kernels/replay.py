@@ -1,8 +1,8 @@
 """Launches that are remembered: what a call launched is launched for the next call of its kind, without thinking.
 
 To find tiles, grids, strides and the compiled kernel takes Python longer than many a kernel takes. All of it depends on
-nothing but shapes, strides, alignments and numbers, so that the second call of a kind is recorded: what it allocates,
-what it launches, and which of its arguments is whose pointer. From then on only pointers are new.
+nothing but shapes, strides, alignments and numbers, so that one call of a kind is recorded: what it allocates, what it
+launches, and which of its arguments is whose pointer. From then on only pointers are new.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ class _Current(threading.local):
 
 
 _current = _Current()
-# For each kind of call None when it has been seen once, its plan, or False where it has none. Recording waits for the
-# second, because many a call has no second: those of a decoder whose cache grows.
-_plans: dict[Any, _Plan | bool | None] = {}
-_NEW = object()
+# For each kind of call how often it has been seen; once recorded, its plan, or None where it has none.
+_seen: dict[Any, int] = {}
+_plans: dict[Any, _Plan | None] = {}
+# To record costs as much more as five replays save (150 to 340 us, 30 to 75), and many a call is not seen so often: those
+# of a decoder whose cache grows, once a layer.
+RECORDED = 5
 
 
 def replayed(function: _Function) -> _Function:
@@ -110,16 +112,17 @@ def replayed(function: _Function) -> _Function:
             return function(*args)
         kind, tensors = _kind(args)
         key = (function, torch.get_float32_matmul_precision(), kind)
-        plan = _plans.get(key, _NEW)
-        if type(plan) is _Plan:
+        plan = _plans.get(key)
+        if plan is not None:
             return _replay(plan, tensors)
-        if plan is None:
+        if key in _plans:
+            return function(*args)
+        if _seen.get(key, 0) + 1 == RECORDED:
             result, _plans[key] = _record(function, args, tensors)
             return result
-        if plan is _NEW:
-            if len(_plans) >= _MOST:
-                _plans.clear()
-            _plans[key] = None
+        if len(_seen) >= _MOST:
+            forget()
+        _seen[key] = _seen.get(key, 0) + 1
         return function(*args)
 
     return call  # type: ignore[return-value]
@@ -137,12 +140,13 @@ def note(compiled: Any, launch: Launch) -> None:
 
 def forget() -> None:
     """Forgets all plans, for who changes what they do not depend on, such as tiles."""
+    _seen.clear()
     _plans.clear()
 
 
 def plans() -> list[bool]:
-    """Returns of each kind of call that was seen whether there is a plan for it."""
-    return [type(plan) is _Plan for plan in _plans.values()]
+    """Returns of each kind of call that was recorded whether there is a plan for it."""
+    return [plan is not None for plan in _plans.values()]
 
 
 def _kind(args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
@@ -173,8 +177,8 @@ def _hooks() -> list[Any]:
     return triton.knobs.runtime.launch_enter_hook.calls
 
 
-def _record(function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, _Plan | bool]:
-    """Returns the result of ``function(*args)``, and its plan, or False where it did what no plan has."""
+def _record(function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, _Plan | None]:
+    """Returns the result of ``function(*args)``, and its plan, or None where it did what no plan has."""
     recording = _Recording()
     launches: list[Any] = []
     _hooks().append(launches.append)
@@ -187,11 +191,11 @@ def _record(function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> t
         _hooks().remove(launches.append)
     # As many as were noted, or some came about by another way than ``launch.start``.
     complete = recording.complete and len(launches) == len(recording.launched)
-    return result, complete and _planned(recording, tensors, result)
+    return result, _planned(recording, tensors, result) if complete else None
 
 
-def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan | bool:
-    """Returns the plan of what was recorded, or False."""
+def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan | None:
+    """Returns the plan of what was recorded, if it can have one."""
     allocated = recording.allocated
     owners = {t.untyped_storage()._cdata: at for at, t in enumerate((*tensors, *allocated))}
     every = (*tensors, *allocated)
@@ -236,7 +240,7 @@ def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan
         returned = eval(f"lambda a: {result_source(result)}", scope)
     except KeyError:
         # A tensor that is neither the caller's nor was allocated here.
-        return False
+        return None
     return _Plan([(tuple(t.shape), t.stride(), t.dtype) for t in allocated], launches, returned)
 
 

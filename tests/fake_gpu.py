@@ -3,8 +3,8 @@
 ``launch``: every kernel once. The interpreter passes arguments in Python, and compiling passes none. What lies between,
 Triton's own launcher in C, takes tuples apart and must arrive at as many parameters as the machine code has.
 
-``replay``: ops of the public API, three times each. The third time launches are replayed (``kernels/replay.py``), and
-must be those of the first time, but for the pointers to what was allocated.
+``replay``: ops of the public API, until launches are recorded (``kernels/replay.py``) and once more. What is replayed
+must be what was launched the first time, but for the pointers to what was allocated.
 """
 
 from __future__ import annotations
@@ -148,14 +148,14 @@ def replayed() -> None:
         replay.forget()
         found = []
         with fastattn.use_backend("triton"):
-            for _ in range(3):
+            for _ in range(replay.RECORDED + 1):
                 launched.clear()
                 result = function(*inputs)
                 found.append((list(launched), [(t.shape, t.stride(), t.dtype) for t in leaves_of(result)]))
         plans = [plan for plan in replay.plans() if plan]
         pointers = {t.data_ptr() for t in inputs}
-        good = same(found[0][0], found[2][0], pointers) and found[0][1] == found[2][1]
-        print(name, len(plans), good, len(found[2][0]), sep=" | ")
+        good = same(found[0][0], found[-1][0], pointers) and found[0][1] == found[-1][1]
+        print(name, len(plans), good, len(found[-1][0]), sep=" | ")
 
 
 def leaves_of(result: Any) -> list[torch.Tensor]:
