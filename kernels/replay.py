@@ -92,8 +92,8 @@ _current = _Current()
 # For each kind of call how often it has been seen; once recorded, its plan, or None where it has none.
 _seen: dict[Any, int] = {}
 _plans: dict[Any, _Plan | None] = {}
-# To record costs as much more as five replays save (150 to 340 us, 30 to 75), and many a call is not seen so often: those
-# of a decoder whose cache grows, once a layer.
+# To record costs as much more as five replays save (150 to 340 us, 30 to 75), and many a call is not seen so often: one
+# of a decoder whose cache grows is seen once a layer.
 RECORDED = 5
 
 
