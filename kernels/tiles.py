@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastattn.kernels import replay
 from fastattn.kernels.launch import Tile, padded
 from fastattn.masks import Causal, KeyLengths
 from fastattn.spec.attention import AttentionCall, attention_call
@@ -163,11 +164,14 @@ def using(name: str, tile: Tile) -> Iterator[None]:
     """
     before = dict(_forced)
     _forced[name] = tile
+    # What is remembered was launched with other tiles.
+    replay.forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        replay.forget()
 
 
 def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Tile]:
