@@ -9,9 +9,11 @@ from fastattn.errors import FallbackWarning, UnsupportedError
 from fastattn.ops._dispatch import backends, use_backend
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_weights import attention_weights
+from fastattn.ops.embedding import embedding
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.norm import layer_norm, rms_norm
+from fastattn.ops.rotary_embedding import rotary_embedding
 from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.varlen_attention import varlen_attention
 from fastattn.tools.activate import activate, deactivate
@@ -33,6 +35,7 @@ __all__ = [
     "backends",
     "biases",
     "deactivate",
+    "embedding",
     "explain",
     "feed_forward",
     "layer_norm",
@@ -42,6 +45,7 @@ __all__ = [
     "nn",
     "record_attention",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "softmax",
     "swap",

@@ -13,10 +13,12 @@ import torch
 import fastattn
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
+from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 PACKAGE = Path(fastattn.__file__).parent
@@ -48,11 +50,14 @@ MODULES = {
 CALLS = {
     "attention": AttentionCall,
     "dropout": DropoutCall,
+    "embedding": EmbeddingCall,
+    "embedding_backward": EmbeddingBackwardCall,
     "feed_forward": FeedForwardCall,
     "linear": LinearCall,
     "linear_cross_entropy": LinearCrossEntropyCall,
     "norm": NormCall,
     "norm_backward": NormBackwardCall,
+    "rotary_embedding": RotaryEmbeddingCall,
     "softmax": SoftmaxCall,
     "softmax_backward": SoftmaxBackwardCall,
 }

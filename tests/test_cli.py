@@ -14,7 +14,7 @@ import fastattn
 from fastattn import cli
 from fastattn.backends.cpu import CpuBackend
 from fastattn.models import Seq2Seq, Seq2SeqConfig, g2p
-from fastattn.tools import demo, info, row_cases, verify_cli, verify_ops
+from fastattn.tools import demo, info, position_cases, row_cases, verify_cli, verify_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning", "ignore:enable_nested_tensor")
 
@@ -232,7 +232,7 @@ def test_verify_fails_with_status_1(monkeypatch, capsys, folder):
     assert "against a float64 copy of itself: pass" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("op", list(row_cases.FAMILIES))
+@pytest.mark.parametrize("op", [*row_cases.FAMILIES, *position_cases.FAMILIES])
 def test_row_cases_keep_the_rule(op):
     assert verify_ops.verify_ops(ops=[op], dtypes=[torch.bfloat16]).ok
     report = verify_ops.verify_ops(ops=[op], dtypes=[torch.float32])

@@ -35,6 +35,8 @@ MODULES = (
     "product",
     "feed_forward",
     "linear_cross_entropy",
+    "rotary_embedding",
+    "embedding",
 )
 # Numbers of heads, shares or batch entries, whose products count programs; and how many keys or classes a share or a
 # cell has, whose products stay below the number of all.

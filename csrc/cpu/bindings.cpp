@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_backward.h"
@@ -17,6 +18,7 @@
 #include "attention_weights.h"
 #include "attention_weights_reduced.h"
 #include "dropout_mask.h"
+#include "embedding.h"
 #include "feed_forward_backward.h"
 #include "isa.h"
 #include "linear.h"
@@ -27,6 +29,7 @@
 #include "peak.h"
 #include "plain_calls.h"
 #include "python_tensor.h"
+#include "rotary_embedding.h"
 #include "softmax.h"
 
 namespace py = pybind11;
@@ -399,6 +402,140 @@ void register_norm(py::module_& m) {
       "Writes those of dinput, dweight and dbias that are not None.");
 }
 
+// What the tokens of an embedding are; throws where one has no row, so that nothing is read or written out of bounds.
+EmbeddingTokens read_tokens(py::handle ids, py::handle positions, py::handle state, int64_t columns,
+                            int64_t num_embeddings, int64_t num_positions, int64_t period, int64_t offset, double scale,
+                            double dropout_p) {
+  EmbeddingTokens t;
+  t.tokens = read_tensor(ids).size[0];
+  if (t.tokens >= INT32_MAX) throw std::invalid_argument("an embedding takes fewer than 2^31 tokens");
+  t.columns = columns;
+  t.period = period;
+  t.offset = offset;
+  t.ids = read_pointer<const int64_t>(ids);
+  t.positions = read_pointer<const int64_t>(positions);
+  t.num_embeddings = num_embeddings;
+  t.num_positions = num_positions;
+  t.scale = scale;
+  t.dropout = read_dropout(state, dropout_p);
+  const int64_t bad = FASTATTN_DISPATCH(embedding_bad_token, t, num_positions > 0);
+  if (bad >= 0) {
+    const int64_t at = bad % period, position = t.positions == nullptr ? offset + at : t.positions[at];
+    const bool is_id = t.ids[bad] < 0 || t.ids[bad] >= num_embeddings;
+    throw py::index_error(is_id ? "ids must be in [0, " + std::to_string(num_embeddings) + "), got " +
+                                      std::to_string(t.ids[bad])
+                                : "positions must be in [0, " + std::to_string(num_positions) + "), got " +
+                                      std::to_string(position));
+  }
+  return t;
+}
+
+void register_embedding(py::module_& m) {
+  m.def(
+      "embedding",
+      [](py::handle weight, py::handle ids, py::handle table, py::handle positions, py::handle state, int64_t period,
+         int64_t offset, double scale, double dropout_p, py::handle out) {
+        EmbeddingArgs args;
+        const TensorInfo rows = read_tensor(weight);
+        args.weight = to_view(rows);
+        int64_t num_positions = 0;
+        if (!table.is_none()) {
+          const TensorInfo info = read_tensor(table);
+          args.table = to_view(info);
+          num_positions = info.size[0];
+        }
+        args.tokens = read_tokens(ids, positions, state, rows.size[1], rows.size[0], num_positions, period, offset,
+                                  scale, dropout_p);
+        args.out = read_new_pointer(out, args.tokens.tokens * args.tokens.columns, rows.dtype);
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(embedding, args);
+      },
+      "Writes the rows of contiguous ids [tokens] to contiguous out; weight and table (or None) have contiguous rows.");
+  m.def(
+      "embedding_backward",
+      [](py::handle dout, py::handle ids, py::handle positions, py::handle state, int64_t num_embeddings,
+         int64_t num_positions, int64_t period, int64_t offset, double scale, int64_t padding, double dropout_p,
+         py::handle dweight, py::handle dtable) {
+        EmbeddingBackwardArgs args;
+        const TensorInfo rows = read_tensor(dout);
+        args.dout = to_view(rows);
+        args.padding = padding;
+        args.tokens = read_tokens(ids, positions, state, rows.size[1], num_embeddings,
+                                  dtable.is_none() ? 0 : num_positions, period, offset, scale, dropout_p);
+        if (args.tokens.tokens != rows.size[0]) throw std::invalid_argument("there must be a row of dout for each id");
+        if (!dweight.is_none()) args.dweight = to_view(read_new(dweight));
+        if (!dtable.is_none()) args.dtable = to_view(read_new(dtable));
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(embedding_backward, args);
+      },
+      "Writes the gradients of weight and position table that are not None, from dout [tokens, columns].");
+}
+
+// A tensor [batch, heads, seq_len, head_dim] to rotate and its result; neither where they are None.
+RotaryEmbeddingArgs::Operand read_rotated(py::handle from, py::handle to, const RotaryEmbeddingArgs& args) {
+  if (from.is_none()) return {};
+  const TensorInfo info = read_tensor(from), out = read_new(to);
+  bool fits = info.dims == 4 && out.dims == 4 && info.dtype == out.dtype && info.size[0] == args.batch &&
+              info.size[2] == args.seq_len && info.size[3] == args.head_dim;
+  for (int i = 0; fits && i < 4; ++i) fits = info.size[i] == out.size[i];
+  for (const TensorInfo& rows : {info, out}) fits = fits && (rows.size[3] == 1 || rows.stride[3] == 1);
+  if (!fits) throw std::invalid_argument("the shapes or dtypes of query, key and their results do not fit each other");
+  return {to_view(info), to_view(out), info.size[1]};
+}
+
+void register_rotary_embedding(py::module_& m) {
+  m.def(
+      "rotary_embedding",
+      [](const py::tuple& call, py::handle turns, py::handle query_out, py::handle key_out) {
+        // Of spec.RotaryEmbeddingCall.
+        enum Field {
+          kQuery,
+          kKey,
+          kPositions,
+          kInvFreq,
+          kCos,
+          kSin,
+          kBase,
+          kOffset,
+          kRotaryDim,
+          kInterleaved,
+          kScale,
+          kInverse
+        };
+        const auto field = [&](Field index) { return py::handle(PyTuple_GET_ITEM(call.ptr(), index)); };
+        const TensorInfo query = read_tensor(field(kQuery));
+        RotaryEmbeddingArgs args;
+        args.batch = query.size[0];
+        args.seq_len = query.size[2];
+        args.head_dim = query.size[3];
+        args.rotary_dim = field(kRotaryDim).cast<int64_t>();
+        args.query = read_rotated(field(kQuery), query_out, args);
+        args.key = read_rotated(field(kKey), key_out, args);
+        args.interleaved = field(kInterleaved).cast<bool>();
+        args.scale = field(kScale).cast<double>();
+        args.inverse = field(kInverse).cast<bool>();
+        args.offset = field(kOffset).cast<int64_t>();
+        args.turns = read_pointer<const int64_t>(turns);
+        // [batch or 1, seq_len, ...]: one entry serves the whole batch.
+        const auto batch_stride = [](const TensorInfo& info) { return info.size[0] == 1 ? 0 : info.stride[0]; };
+        if (turns.is_none()) {
+          for (const auto& [from, to] : {std::pair(field(kCos), &args.cos), std::pair(field(kSin), &args.sin)}) {
+            const TensorInfo info = read_tensor(from);
+            *to = to_view(info);
+            to->stride[0] = batch_stride(info);
+          }
+        } else if (!field(kPositions).is_none()) {
+          const TensorInfo info = read_tensor(field(kPositions));
+          args.positions = static_cast<const int64_t*>(info.data);
+          args.position_stride = batch_stride(info);
+        }
+        py::gil_scoped_release release;
+        FASTATTN_DISPATCH(rotary_embedding, args);
+      },
+      "Writes query and key of a spec.RotaryEmbeddingCall rotated, by `turns` 2^-64 of a turn a position or, where they "
+      "are None, by the call's cosines and sines.");
+}
+
 void register_attention_weights(py::module_& m) {
   m.def(
       "attention_weights",
@@ -626,6 +763,8 @@ PYBIND11_MODULE(_cpu, m) {
   fastattn::register_attention_forward(m);
   fastattn::register_attention_backward(m);
   fastattn::register_norm(m);
+  fastattn::register_embedding(m);
+  fastattn::register_rotary_embedding(m);
   fastattn::register_attention_weights(m);
   fastattn::register_softmax(m);
   fastattn::register_plain_calls(m);

@@ -12,17 +12,22 @@ from fastattn.backends.base import Backend
 from fastattn.backends.extension import cpu_flags, kernels, load
 from fastattn.backends.products import product
 from fastattn.reference import linear as linear_formula
+from fastattn.reference import rotary_embedding as rotary_embedding_formula
 from fastattn.spec import attention_weights as attention_weights_spec
+from fastattn.spec import embedding as embedding_spec
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear as linear_spec
+from fastattn.spec import rotary_embedding as rotary_embedding_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output, kept_lse_dtype, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.checks import empty_contiguous
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
+from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
@@ -100,6 +105,41 @@ class CpuBackend(Backend):
         )
         return out
 
+    def embedding(self, call: EmbeddingCall) -> Tensor:
+        out = embedding_spec.empty_output(call)
+        table = None if call.position_table is None else _rows(call.position_table)
+        kernels().embedding(
+            _rows(call.weight),
+            call.ids.reshape(-1).contiguous(),
+            table,
+            None if call.positions is None else call.positions.contiguous(),
+            call.dropout_state,
+            call.ids.shape[-1] if call.positions is None else call.positions.numel(),
+            call.offset,
+            call.scale,
+            call.dropout_p,
+            out,
+        )
+        return out
+
+    def embedding_backward(self, call: EmbeddingBackwardCall) -> list[Tensor | None]:
+        grads = embedding_spec.empty_gradients(call)
+        kernels().embedding_backward(
+            _matrix(call.dout, call.dout.shape[-1]),
+            call.ids.reshape(-1).contiguous(),
+            None if call.positions is None else call.positions.contiguous(),
+            call.dropout_state,
+            call.num_embeddings,
+            call.num_positions,
+            call.ids.shape[-1] if call.positions is None else call.positions.numel(),
+            call.offset,
+            call.scale,
+            call.padding_idx,
+            call.dropout_p,
+            *grads,
+        )
+        return grads
+
     def linear(self, call: LinearCall) -> list[Tensor]:
         outs = linear_spec.empty_outputs(call)
         if call.input.dtype == torch.float64:
@@ -162,6 +202,14 @@ class CpuBackend(Backend):
             None if dbias is None else dbias.view(-1),
         )
         return grads
+
+    def rotary_embedding(self, call: RotaryEmbeddingCall) -> tuple[Tensor, Tensor]:
+        call = rotary_embedding_formula.with_tables(call)
+        query, key = rotary_embedding_spec.empty_outputs(call)
+        positions = None if call.positions is None else call.positions.contiguous()
+        turns = rotary_embedding_formula.turns(call) if call.cos is None else None
+        kernels().rotary_embedding(call._replace(positions=positions), turns, query, key)
+        return query, key
 
     def softmax(self, call: SoftmaxCall) -> Tensor:
         call = call._replace(input=_with_rows(call.input), mask=_mask_with_rows(call.mask))

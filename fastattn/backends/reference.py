@@ -12,18 +12,23 @@ from fastattn.backends.base import Backend
 from fastattn.reference import attention as attention_formula
 from fastattn.reference import attention_weights as attention_weights_formula
 from fastattn.reference import dropout as dropout_formula
+from fastattn.reference import embedding as embedding_formula
 from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear as linear_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference import norm as norm_formula
+from fastattn.reference import rotary_embedding as rotary_embedding_formula
 from fastattn.reference import softmax as softmax_formula
 from fastattn.spec import feed_forward as feed_forward_spec
 from fastattn.spec import linear as linear_spec
 from fastattn.spec import linear_cross_entropy as linear_cross_entropy_spec
 from fastattn.spec import norm as norm_spec
+from fastattn.spec import rotary_embedding as rotary_embedding_spec
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall
+from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
@@ -63,6 +68,12 @@ class ReferenceBackend(Backend):
     def dropout(self, call: DropoutCall) -> Tensor:
         return dropout_formula.dropout(call)
 
+    def embedding(self, call: EmbeddingCall) -> Tensor:
+        return embedding_formula.embedding(call)
+
+    def embedding_backward(self, call: EmbeddingBackwardCall) -> list[Tensor | None]:
+        return contiguous([None if g is None else g.detach() for g in embedding_formula.differentiable(call)])
+
     def linear(self, call: linear_spec.LinearCall) -> list[Tensor]:
         return [part.contiguous() for part in linear_formula.linear(call)]
 
@@ -99,6 +110,11 @@ class ReferenceBackend(Backend):
         if found[0] is not None and call.dtotal is not None:
             found[0] = found[0] + call.dtotal
         return contiguous(found)
+
+    def rotary_embedding(self, call: RotaryEmbeddingCall) -> tuple[Tensor, ...]:
+        empty = rotary_embedding_spec.empty_outputs(call)
+        found = rotary_embedding_formula.rotary_embedding(call)
+        return tuple(to.copy_(value) for to, value in zip(empty, found, strict=True))
 
     def softmax(self, call: SoftmaxCall) -> Tensor:
         return softmax_formula.softmax(call)

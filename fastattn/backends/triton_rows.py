@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastattn.spec.dropout import DropoutCall
+from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall
 from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
+from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
 
@@ -41,6 +43,21 @@ class RowOps:
         from fastattn.kernels.dropout import dropout_fwd
 
         return dropout_fwd(call)
+
+    def embedding(self, call: EmbeddingCall) -> Tensor:
+        from fastattn.kernels.embedding import embedding_fwd
+
+        return embedding_fwd(call)
+
+    def embedding_backward(self, call: EmbeddingBackwardCall) -> list[Tensor | None]:
+        from fastattn.kernels.embedding import embedding_bwd
+
+        return embedding_bwd(call)
+
+    def rotary_embedding(self, call: RotaryEmbeddingCall) -> tuple[Tensor, Tensor]:
+        from fastattn.kernels.rotary_embedding import rotary_embedding_fwd
+
+        return rotary_embedding_fwd(call)
 
     def linear(self, call: LinearCall) -> list[Tensor]:
         from fastattn.kernels.product import linear_fwd

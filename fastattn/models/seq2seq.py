@@ -16,6 +16,7 @@ from fastattn.models import pretrained
 from fastattn.models.config import Seq2SeqConfig
 from fastattn.models.generation import GenerationSettings, Special, generate
 from fastattn.models.tokenizer import Seq2SeqTokenizer, pad
+from fastattn.nn.positional import NoPositions, embed
 from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -82,8 +83,8 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source: Tensor) -> Tensor:
         """The encoder's output ``[batch, source_len, model_dim]`` of token ids ``[batch, source_len]``."""
-        _check_ids("source", source, self.config.source_vocab_size, self.config.max_len)
-        embedded = self.source_position(self.source_embedding(source) * math.sqrt(self.config.model_dim))
+        _check_ids("source", source, self.config.max_len)
+        embedded = self._embedded("source", self.source_embedding, self.source_position, source)
         return self.transformer.encoder(embedded, src_key_padding_mask=source == self.config.pad_id)
 
     def decode(
@@ -102,9 +103,8 @@ class Seq2Seq(nn.Module):
         """
         past = 0 if cache is None else cache.length
         length = target_in.shape[1]
-        _check_ids("target", target_in, self.config.target_vocab_size, self.config.max_len - past)
-        embedded = self.target_embedding(target_in) * math.sqrt(self.config.model_dim)
-        embedded = self.target_position(embedded, past)
+        _check_ids("target", target_in, self.config.max_len - past)
+        embedded = self._embedded("target", self.target_embedding, self.target_position, target_in, past)
         arguments: dict[str, Any] = {"memory_key_padding_mask": source_padding}
         if cache is not None:
             if past and length > 1:
@@ -247,7 +247,8 @@ class Seq2Seq(nn.Module):
     def _as_lists(self, inputs: Tensor | Sequence[Any]) -> list[list[int]]:
         """Sources as lists without padding; refuses empty ones."""
         if isinstance(inputs, Tensor):
-            _check_ids("inputs", inputs, self.config.source_vocab_size, self.config.max_len)
+            _check_ids("inputs", inputs, self.config.max_len)
+            _check_values("inputs", inputs, self.config.source_vocab_size)
             inputs = inputs.tolist()
         lists = []
         for row, ids in enumerate(inputs):
@@ -314,6 +315,16 @@ class Seq2Seq(nn.Module):
         pretrained.load_weights(folder, model)
         return model.eval()
 
+    def _embedded(self, name: str, embedding: nn.Module, position: nn.Module, ids: Tensor, offset: int = 0) -> Tensor:
+        """``position(sqrt(model_dim) * embedding(ids), offset)``; the ids are checked by whoever reads their rows."""
+        try:
+            return embed(embedding, position, ids, scale=math.sqrt(self.config.model_dim), offset=offset)
+        except IndexError:
+            _check_values(
+                name, ids, self.config.source_vocab_size if name == "source" else self.config.target_vocab_size
+            )
+            raise
+
     def _project(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.target_embedding.weight, None)[0]
 
@@ -344,14 +355,7 @@ def _positional_encoding(config: Seq2SeqConfig) -> nn.Module:
         return fnn.SinusoidalPositionalEncoding(config.model_dim, config.max_len, config.dropout)
     if config.positional_encoding == "learned":
         return fnn.LearnedPositionalEncoding(config.model_dim, config.max_len, config.dropout)
-    return _NoPositions(config.dropout)
-
-
-class _NoPositions(nn.Dropout):
-    """Only the dropout of a positional encoding, under its signature."""
-
-    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
-        return super().forward(input)
+    return NoPositions(config.dropout)
 
 
 @contextmanager
@@ -366,15 +370,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int, max_len: int) -> None:
+def _check_ids(name: str, ids: Tensor, max_len: int) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 token ids, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"{name} must be [batch, at least 1 token], got shape {tuple(ids.shape)}")
     if ids.shape[1] > max_len:
         raise ValueError(f"{name} has {ids.shape[1]} tokens, but only {max_len} positions are left of max_len")
-    # Reading the values would stall an accelerator, whose embedding kernel checks for itself, and cannot be compiled.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+
+
+def _check_values(name: str, ids: Tensor, vocab_size: int) -> None:
+    # Reading the values would stall an accelerator, whose embedding kernel checks for itself.
+    if ids.device.type == "cpu" and ids.numel():
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"{name} has token ids {low} to {high}, expected 0 to {vocab_size - 1}")

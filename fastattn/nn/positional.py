@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn._blocks import apply_dropout
+from fastattn.nn._blocks import apply_dropout, is_plain
+from fastattn.ops.embedding import embedding as fused_embedding
+from fastattn.ops.rotary_embedding import rotary_embedding
+from fastattn.reference.embedding import sinusoids
 
 
 class SinusoidalPositionalEncoding(nn.Module):
@@ -35,20 +38,24 @@ class SinusoidalPositionalEncoding(nn.Module):
         _require_positive(model_dim=model_dim, max_len=max_len)
         self.model_dim, self.base = model_dim, base
         self.dropout = nn.Dropout(dropout)
-        self._table = _sinusoids(max_len, model_dim, base).float()  # [positions, model_dim]
+        self._table = sinusoids(torch.arange(max_len), model_dim, base).float()  # [positions, model_dim]
 
     def forward(self, input: Tensor, offset: int = 0) -> Tensor:
         """``input`` plus the encoding of positions ``offset, offset + 1, ...``."""
         end = _checked_end(input, self.model_dim, offset)
-        if input.dtype == torch.float64:
-            table = _sinusoids(end, self.model_dim, self.base)
-        else:
-            if end > len(self._table):
-                self._table = _sinusoids(max(end, 2 * len(self._table)), self.model_dim, self.base).float()
-            if self._table.device != input.device:
-                self._table = self._table.to(input.device)
-            table = self._table
+        table = self._rows(end, input)
         return apply_dropout(self.dropout, input + table[offset:end].to(input))
+
+    def _rows(self, end: int, like: Tensor) -> Tensor:
+        """At least ``end`` rows of the table, on the device of ``like``: float32, or float64 for float64."""
+        if like.dtype == torch.float64:
+            return sinusoids(torch.arange(end), self.model_dim, self.base).to(like.device)
+        if end > len(self._table):
+            positions = torch.arange(max(end, 2 * len(self._table)))
+            self._table = sinusoids(positions, self.model_dim, self.base).float()
+        if self._table.device != like.device:
+            self._table = self._table.to(like.device)
+        return self._table
 
     def extra_repr(self) -> str:
         return f"model_dim={self.model_dim}, base={self.base}"
@@ -85,9 +92,13 @@ class LearnedPositionalEncoding(nn.Module):
     def forward(self, input: Tensor, offset: int = 0) -> Tensor:
         """``input`` plus the vectors of positions ``offset, offset + 1, ...``."""
         end = _checked_end(input, self.model_dim, offset)
+        self.check_positions(end)
+        return apply_dropout(self.dropout, input + self.weight[offset:end])
+
+    def check_positions(self, end: int) -> None:
+        """Raises ValueError where there are fewer than ``end`` positions."""
         if end > self.max_len:
             raise ValueError(f"positions up to {end - 1} asked for, but max_len={self.max_len}")
-        return apply_dropout(self.dropout, input + self.weight[offset:end])
 
     def extra_repr(self) -> str:
         return f"model_dim={self.model_dim}, max_len={self.max_len}"
@@ -121,38 +132,78 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, input: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
         """``input`` rotated to positions ``offset, offset + 1, ...``, or to ``positions [..., seq_len]``."""
-        end = _checked_end(input, self.head_dim, offset)
+        _checked_end(input, self.head_dim, offset)
         if positions is None:
-            positions = torch.arange(offset, end, device=input.device)
-        elif positions.shape[-1] not in (1, input.shape[-2]):
+            x = input[(None,) * (4 - input.dim())] if input.dim() < 4 else input.flatten(0, -4)
+            return self._rotated(x, None, offset).reshape(input.shape)
+        if positions.shape[-1] not in (1, input.shape[-2]):
             raise ValueError(f"positions must end in seq_len={input.shape[-2]}, got shape {tuple(positions.shape)}")
-        compute = torch.promote_types(input.dtype, torch.float32)
-        angle = _angles(positions, self.head_dim, self.base)
-        cos, sin = angle.cos().to(compute), angle.sin().to(compute)  # [..., seq_len, head_dim / 2]
-        x = input.to(compute)
-        if self.interleaved:
-            first, second = x[..., 0::2], x[..., 1::2]
-            rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
-        else:
-            first, second = x.chunk(2, dim=-1)
-            rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-        return rotated.to(input.dtype)
+        if input.dim() == 4 and positions.dim() == 3 and positions.shape[1] == 1:
+            # [batch, 1, seq_len]: one for all heads.
+            return self._rotated(input, positions[:, 0].expand(-1, input.shape[2]), 0)
+        lead = torch.broadcast_shapes(input.shape[:-1], positions.shape)
+        x = input.expand(*lead, self.head_dim).reshape(-1, 1, *input.shape[-2:])
+        positions = positions.expand(lead if positions.dim() > 1 else lead[-1:]).reshape(-1, lead[-1])
+        return self._rotated(x, positions, 0).reshape(*lead, self.head_dim)
+
+    def _rotated(self, x: Tensor, positions: Tensor | None, offset: int) -> Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        out = rotary_embedding(x, None, positions, base=self.base, interleaved=self.interleaved, offset=offset)
+        assert isinstance(out, Tensor)
+        return out
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, base={self.base}, interleaved={self.interleaved}"
 
 
-def _angles(positions: Tensor, features: int, base: float) -> Tensor:
-    """``positions * base^(-2i / features)`` as float64 ``[..., ceil(features / 2)]``."""
-    # float64: a float32 angle at position 10^5 is already off by 4e-3 radians.
-    even = torch.arange(0, features, 2, dtype=torch.float64, device=positions.device)
-    return positions[..., None].to(torch.float64) * torch.exp(even * (-math.log(base) / features))
+class NoPositions(nn.Dropout):
+    """Only the dropout of a positional encoding, under its signature."""
+
+    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
+        return super().forward(input)
 
 
-def _sinusoids(length: int, features: int, base: float) -> Tensor:
-    """Sine and cosine of every angle, interleaved: float64 ``[length, features]``."""
-    angle = _angles(torch.arange(length), features, base)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, :features]
+def embed(embedding: Any, encoding: Any, ids: Tensor, *, scale: float, offset: int = 0) -> Tensor:
+    """Returns ``encoding(scale * embedding(ids), offset)``, in one pass where that means the same.
+
+    Raises:
+        IndexError: an id without a row, on CPU.
+        ValueError: more positions than ``encoding`` has.
+    """
+    if not _is_one_pass(embedding, encoding, ids):
+        return encoding(embedding(ids) * scale, offset)
+    dropout = encoding if isinstance(encoding, NoPositions) else encoding.dropout
+    table: Tensor | None = None
+    if isinstance(encoding, SinusoidalPositionalEncoding):
+        table = encoding._rows(offset + ids.shape[-1], embedding.weight)
+    elif isinstance(encoding, LearnedPositionalEncoding):
+        encoding.check_positions(offset + ids.shape[-1])
+        table = encoding.weight
+    return fused_embedding(
+        ids,
+        embedding.weight,
+        position_table=table,
+        offset=0 if table is None else offset,
+        scale=scale,
+        padding_idx=embedding.padding_idx,
+        dropout_p=dropout.p if dropout.training else 0.0,
+    )
+
+
+def _is_one_pass(embedding: Any, encoding: Any, ids: Tensor) -> bool:
+    # A compiler fuses the modules itself.
+    if torch.compiler.is_compiling() or not is_plain(embedding, nn.Embedding):
+        return False
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse or ids.dim() == 0:
+        return False
+    if is_plain(encoding, NoPositions):
+        return bool(encoding.p < 1.0)
+    if not is_plain(encoding, SinusoidalPositionalEncoding, LearnedPositionalEncoding):
+        return False
+    fits = encoding.model_dim == embedding.embedding_dim
+    if isinstance(encoding, LearnedPositionalEncoding):
+        fits = fits and encoding.weight.dtype == embedding.weight.dtype
+    return fits and is_plain(encoding.dropout, nn.Dropout) and bool(encoding.dropout.p < 1.0)
 
 
 def _require_positive(**sizes: int) -> None:

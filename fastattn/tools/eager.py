@@ -112,5 +112,62 @@ def feed_forward(
     return F.linear(hidden, weight_out, bias_out)
 
 
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    position_table: Tensor | None = None,
+    positions: Tensor | None = None,
+    offset: int = 0,
+    scale: float = 1.0,
+    padding_idx: int | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Returns ``scale * weight[ids] + position_table[positions]``, and of that what ``keep`` (bool) leaves."""
+    out = F.embedding(ids, weight, padding_idx=padding_idx) * scale
+    if position_table is not None:
+        rows = position_table[offset : offset + ids.shape[-1]] if positions is None else position_table[positions]
+        out = out + rows.to(weight.dtype)
+    return out if keep is None else out * keep / (1.0 - dropout_p)
+
+
+def rotary_embedding(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor | None = None,
+    *,
+    inv_freq: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    offset: int = 0,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns query and key [batch, heads, seq_len, head_dim] rotated as Hugging Face's models do it, but by float64's
+    angles.
+    """
+    dim = query.shape[-1] if rotary_dim is None else rotary_dim
+    if cos is None or sin is None:
+        positions = torch.arange(offset, offset + query.shape[2]) if positions is None else positions
+        even = torch.arange(0, dim, 2, dtype=torch.float64)
+        frequencies = 10000.0 ** (-even / dim) if inv_freq is None else inv_freq.double()
+        angle = positions[..., None].double() * frequencies
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+    if cos.shape[-1] == dim // 2:
+        cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
+    cos, sin = (t.to(query.dtype)[..., None, :, :] for t in (cos, sin))
+    outs = []
+    for x in (query, key):
+        turned = x[..., :dim]
+        if interleaved:
+            other = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        else:
+            other = torch.cat((-turned[..., dim // 2 :], turned[..., : dim // 2]), dim=-1)
+        outs.append(torch.cat((turned * cos + other * sin, x[..., dim:]), dim=-1))
+    return outs[0], outs[1]
+
+
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -15,7 +15,7 @@ from fastattn.biases import Alibi, RelativeBias, RelativePosition
 from fastattn.masks import Mask, Shape
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.checks import draw_dropout_state
-from fastattn.tools import eager, row_cases
+from fastattn.tools import eager, position_cases, row_cases
 from fastattn.tools.op_case import SEED, Draw, OpCase, Tensors
 
 # No multiple of any tile, and more than one of each: edges, full blocks and the steps between them all occur.
@@ -185,7 +185,11 @@ def _bias(name: str, tensor: Tensor | None) -> Tensor | RelativeBias | None:
     return Alibi(tensor) if name == "alibi" else RelativePosition(tensor, max_distance=64)
 
 
-FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {"attention": attention_cases, **row_cases.FAMILIES}
+FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {
+    "attention": attention_cases,
+    **row_cases.FAMILIES,
+    **position_cases.FAMILIES,
+}
 
 
 def cases(ops: Iterable[str] | None = None) -> Iterator[OpCase]:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from fastattn.kernels.launch import Configuration
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = ("softmax", "norm", "dropout", "sums", "product", "feed_forward", "linear_cross_entropy")
+MODULES = (
+    "softmax",
+    "norm",
+    "dropout",
+    "sums",
+    "product",
+    "feed_forward",
+    "linear_cross_entropy",
+    "rotary_embedding",
+    "embedding",
+)
 REPORT = Path("docs/triton-report.md")
 _HEAD = """# What the compiler made of the Triton kernels
 
