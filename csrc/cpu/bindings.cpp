@@ -422,10 +422,9 @@ EmbeddingTokens read_tokens(py::handle ids, py::handle positions, py::handle sta
   if (bad >= 0) {
     const int64_t at = bad % period, position = t.positions == nullptr ? offset + at : t.positions[at];
     const bool is_id = t.ids[bad] < 0 || t.ids[bad] >= num_embeddings;
-    throw py::index_error(is_id ? "ids must be in [0, " + std::to_string(num_embeddings) + "), got " +
-                                      std::to_string(t.ids[bad])
-                                : "positions must be in [0, " + std::to_string(num_positions) + "), got " +
-                                      std::to_string(position));
+    throw py::index_error(
+        is_id ? "ids must be in [0, " + std::to_string(num_embeddings) + "), got " + std::to_string(t.ids[bad])
+              : "positions must be in [0, " + std::to_string(num_positions) + "), got " + std::to_string(position));
   }
   return t;
 }
@@ -532,7 +531,8 @@ void register_rotary_embedding(py::module_& m) {
         py::gil_scoped_release release;
         FASTATTN_DISPATCH(rotary_embedding, args);
       },
-      "Writes query and key of a spec.RotaryEmbeddingCall rotated, by `turns` 2^-64 of a turn a position or, where they "
+      "Writes query and key of a spec.RotaryEmbeddingCall rotated, by `turns` 2^-64 of a turn a position or, where "
+      "they "
       "are None, by the call's cosines and sines.");
 }
 

@@ -1,6 +1,6 @@
-// Forward: a row after another, the next of which is fetched meanwhile. Backward: tokens are sorted by the row they came
-// from, and each row of the gradient is written once, as the sum of its tokens in their order: no atomics, and the bits
-// do not depend on the number of threads.
+// Forward: a row after another, the next of which is fetched meanwhile. Backward: tokens are sorted by the row they
+// came from, and each row of the gradient is written once, as the sum of its tokens in their order: no atomics, and the
+// bits do not depend on the number of threads.
 #include "embedding.h"
 
 #include <type_traits>
@@ -161,8 +161,8 @@ void sum_groups(const EmbeddingBackwardArgs& args, const Groups& groups, P* to, 
   const Vec<C> scale = Vec<C>::set1(static_cast<C>(factor));
   const bool past_caches = prepare_stream(to, rows * row_bytes, row_bytes);
   const double each = args.tokens.dropout.threshold != 0 ? 10.0 : 4.0;
-  const double work = static_cast<double>(columns) *
-                      (static_cast<double>(rows) + each * static_cast<double>(args.tokens.tokens));
+  const double work =
+      static_cast<double>(columns) * (static_cast<double>(rows) + each * static_cast<double>(args.tokens.tokens));
   const auto write = [&](auto past, int64_t task) {
     constexpr bool kPast = decltype(past)::value;
     C* sums = static_cast<C*>(scratch(Scratch::kThread, static_cast<size_t>(columns) * sizeof(C)));
@@ -190,16 +190,16 @@ void sum_groups(const EmbeddingBackwardArgs& args, const Groups& groups, P* to, 
     }
     stream_end();
   };
-  parallel_for(groups.tasks, work, [&](int64_t task) {
-    past_caches ? write(std::true_type(), task) : write(std::false_type(), task);
-  });
+  parallel_for(groups.tasks, work,
+               [&](int64_t task) { past_caches ? write(std::true_type(), task) : write(std::false_type(), task); });
 }
 
 }  // namespace
 
 int64_t embedding_bad_token(const EmbeddingTokens& t, bool with_table) {
   bool bad = false;
-  for (int64_t i = 0; i < t.tokens; ++i) bad |= static_cast<uint64_t>(t.ids[i]) >= static_cast<uint64_t>(t.num_embeddings);
+  for (int64_t i = 0; i < t.tokens; ++i)
+    bad |= static_cast<uint64_t>(t.ids[i]) >= static_cast<uint64_t>(t.num_embeddings);
   for (int64_t i = 0; with_table && t.positions != nullptr && i < t.period; ++i) {
     bad |= static_cast<uint64_t>(t.positions[i]) >= static_cast<uint64_t>(t.num_positions);
   }
@@ -232,7 +232,8 @@ void embedding_backward(const EmbeddingBackwardArgs& args) {
                           t.scale * t.dropout.rescale);
     }
     if (args.dtable.data != nullptr) {
-      const Groups groups = make_groups(t.tokens, t.num_positions, [&](int64_t token) { return position_of(t, token); });
+      const Groups groups =
+          make_groups(t.tokens, t.num_positions, [&](int64_t token) { return position_of(t, token); });
       visit(args.dtable.dtype, [&](auto table_type) {
         using P = typename decltype(table_type)::Type;
         if constexpr (sizeof(Compute<P>) == sizeof(C)) {

@@ -19,7 +19,7 @@ struct RotaryEmbeddingArgs {
   double scale = 1.0;
 
   // Either how far each pair turns a position, in 2^-64 of a turn, and the positions; or cosines and sines.
-  const int64_t* turns = nullptr;  // [rotary_dim / 2]
+  const int64_t* turns = nullptr;      // [rotary_dim / 2]
   const int64_t* positions = nullptr;  // null: offset, offset + 1, ...
   int64_t position_stride = 0;         // from one batch entry to the next
   int64_t offset = 0;

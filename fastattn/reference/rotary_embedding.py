@@ -46,8 +46,7 @@ def with_tables(call: RotaryEmbeddingCall) -> RotaryEmbeddingCall:
     if call.cos is not None or (whole and call.query.dtype != torch.float64):
         return call
     cos, sin = tables(call)
-    rest = {"positions": None, "inv_freq": None, "offset": 0, "scale": 1.0, "inverse": False}
-    return call._replace(cos=cos, sin=sin, **rest)
+    return call._replace(positions=None, inv_freq=None, cos=cos, sin=sin, offset=0, scale=1.0, inverse=False)
 
 
 def turns(call: RotaryEmbeddingCall) -> Tensor:
