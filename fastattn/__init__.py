@@ -13,6 +13,7 @@ from fastattn.ops.embedding import embedding
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.norm import layer_norm, rms_norm
+from fastattn.ops.paged_attention import paged_attention
 from fastattn.ops.rotary_embedding import rotary_embedding
 from fastattn.ops.softmax import log_softmax, softmax
 from fastattn.ops.varlen_attention import varlen_attention
@@ -43,6 +44,7 @@ __all__ = [
     "log_softmax",
     "masks",
     "nn",
+    "paged_attention",
     "record_attention",
     "rms_norm",
     "rotary_embedding",

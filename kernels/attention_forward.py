@@ -67,9 +67,9 @@ def _attention_fwd_kernel(
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     rows = row_begin + tl.arange(0, ROWS)
     state = over_keys(
-        q, key, value, key_box, value_box, problem, batch, head // problem.group_size, head, rows[:, None],
+        q, key, value, key_box, value_box, None, problem, batch, head // problem.group_size, head, rows[:, None],
         masking.key_parts(problem.mask, row_begin, row_end, limit, KEYS), limit, head_dim, head_dim_v, PRECISION,
-        FOLDED, ROWS, KEYS, DIM, DIM_V,
+        FOLDED, 0, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     result, log_total = finish(state, sinks, head, problem.dropout)
     store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result, ROWS, DIM_V, out_box)

@@ -1,15 +1,17 @@
 """Attention of a few queries: keys are split among programs, and query heads that share them packed into one block.
 
 The queries of a group of heads are the rows of one tile, so that each key and value is read once. Each program writes
-what its share of the keys adds up to, and a second kernel adds up the shares of a query, in their order.
+what its share of the keys adds up to, and a second kernel adds up the shares of a query, in their order. The keys may
+lie in pages of a cache, which a table names for each batch entry; nothing else knows of pages than ``load_keys``.
 
-Source: Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023.
+Source: Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient Memory
+Management for Large Language Model Serving with PagedAttention", 2023.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import masking, tiles
-from fastattn.kernels.arguments import Dropout, problem, view
+from fastattn.kernels.arguments import View, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
 from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2
+from fastattn.masks import OPEN_HI, OPEN_LO
 from fastattn.spec.attention import AttentionCall, empty_output, lse_dtype
+from fastattn.spec.paged_attention import PagedCall
 
 # Rows of queries, packed, up to which reading the keys takes longer than multiplying them.
 MOST_ROWS = 64
@@ -29,6 +33,25 @@ MOST_ROWS = 64
 MOST_SPLITS = 64
 # Keys that are worth a program of their own.
 LEAST_KEYS = 128
+# Beyond every position: what the queries of a cache, which are counted by position, are said to end with.
+_FAR = 1 << 30
+
+
+class Pages(NamedTuple):
+    """Where the keys of a paged cache lie.
+
+    Attributes:
+        table: int32 [batch, max_pages], the page of each run of keys; None where keys are one tensor.
+        stride: of the table's rows.
+        count: pages there are; a number in the table that is none of theirs means the nearest.
+    """
+
+    table: Any
+    stride: int
+    count: int
+
+
+NO_PAGES = Pages(None, 0, 0)
 
 
 @triton.jit
@@ -37,67 +60,92 @@ def _decode_kernel(
     key,
     value,
     out,
-    top,
-    total,
+    lse,
+    share_out,
+    share_top,
+    share_total,
+    sinks,
     problem,
+    pages,
+    queries,
     head_dim,
     head_dim_v,
     splits,
-    keys_a_split,
+    blocks,
     PRECISION: tl.constexpr,
     FOLDED: tl.constexpr,
+    PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
 ):
-    """Writes what a share of the keys gives for all queries of a group of heads.
+    """Writes what a share of the keys gives for a block of the queries of a group of heads.
 
-    Grid: splits times batch * num_heads_kv.
+    Grid: splits times blocks times batch * num_heads_kv.
 
     Args:
-        query: View of [batch, num_heads_q, seq_len_q, head_dim]; ``key`` and ``value`` of
-            [batch, num_heads_kv, seq_len_k, ...].
-        out: [batch, num_heads_q, seq_len_q, splits, head_dim_v], contiguous, in the dtype of accumulators: sums before
-            their division; ``top`` and ``total`` without the last dimension: maximum and sum of the softmax.
-        problem: Problem.
-        keys_a_split: keys of a share, a multiple of KEYS.
-        ROWS: power of two that holds group_size * seq_len_q.
+        query: View of [batch, num_heads_q, queries, head_dim]; likewise ``out``. ``key`` and ``value`` are of
+            [batch, num_heads_kv, seq_len_k, ...], or of [num_pages, num_heads_kv, page_size, ...].
+        lse: float64 [batch, num_heads_q, queries].
+        share_out: [batch, num_heads_q, queries, splits, head_dim_v], contiguous, in the dtype of accumulators: sums
+            before their division; ``share_top`` and ``share_total`` without the last dimension: maximum and sum of the
+            softmax. None where all keys are one share, which is ``out`` and ``lse`` at once.
+        sinks: [num_heads_q], or None.
+        problem: Problem; in a cache a query is counted by its position, so that ``seq_len_q`` is beyond them all.
+        pages: Pages.
+        blocks: of ROWS packed queries.
+        PAGE: keys a page, 0 for no pages.
     """
-    split, plane = tl.program_id(0) % splits, tl.program_id(0) // splits
+    split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % blocks
+    plane = tl.program_id(0) // splits // blocks
     num_heads_kv = problem.num_heads_q // problem.group_size
     batch, head_kv = plane // num_heads_kv, plane % num_heads_kv
-    packed, columns = tl.arange(0, ROWS), tl.arange(0, DIM)
-    inside = packed < problem.group_size * problem.seq_len_q
-    heads = head_kv * problem.group_size + tl.where(inside, packed // problem.seq_len_q, 0)
-    rows = tl.where(inside, packed % problem.seq_len_q, problem.seq_len_q)
+    packed, columns = block * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    inside = packed < problem.group_size * queries
+    heads = head_kv * problem.group_size + tl.where(inside, packed // queries, 0)
+    at = tl.where(inside, packed % queries, 0)
     start = query.data + batch.to(tl.int64) * query.batch
-    start += heads.to(tl.int64)[:, None] * query.head + rows.to(tl.int64)[:, None] * query.row
+    start += heads.to(tl.int64)[:, None] * query.head + at.to(tl.int64)[:, None] * query.row
     q = tl.load(start + columns[None, :], mask=inside[:, None] & (columns < head_dim)[None, :], other=0.0)
 
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    parts = masking.key_parts(problem.mask, 0, problem.seq_len_q, limit, KEYS)
-    first, last = split * keys_a_split, (split + 1) * keys_a_split
-    begin, end = tl.maximum(parts[0], first), tl.minimum(parts[3], last)
-    free_begin = tl.maximum(parts[1], begin)
-    free_end = tl.maximum(tl.minimum(parts[2], last), free_begin)
-    result, most, sum_of_all = over_keys(
-        q, key, value, None, None, problem, batch, head_kv, heads[:, None], rows[:, None],
-        (begin, free_begin, free_end, end), limit, head_dim, head_dim_v, PRECISION, FOLDED, ROWS, KEYS, DIM, DIM_V,
+    # The queries of a cache are its last positions.
+    first = limit - queries if PAGE > 0 else 0
+    rows = tl.where(inside, first + at, problem.seq_len_q)
+    begin, free_begin, free_end, end = masking.key_parts(problem.mask, first, first + queries, limit, KEYS)
+    keys_a_split = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), KEYS) * KEYS
+    begin += split * keys_a_split
+    end = tl.minimum(end, begin + keys_a_split)
+    free_begin = tl.maximum(free_begin, begin)
+    free_end = tl.maximum(tl.minimum(free_end, begin + keys_a_split), free_begin)
+    state = over_keys(
+        q, key, value, None, None, pages, problem, batch, head_kv, heads[:, None], rows[:, None],
+        (begin, free_begin, free_end, end), limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, ROWS, KEYS, DIM,
+        DIM_V,
     )  # fmt: skip
-    to = ((batch * problem.num_heads_q + heads).to(tl.int64) * problem.seq_len_q + rows) * splits + split
+    to = (batch * problem.num_heads_q + heads).to(tl.int64) * queries + at
     dims = tl.arange(0, DIM_V)
     there = inside[:, None] & (dims < head_dim_v)[None, :]
-    tl.store(out + to[:, None] * head_dim_v + dims[None, :], result, mask=there)
-    tl.store(top + to, most, mask=inside)
-    tl.store(total + to, sum_of_all, mask=inside)
+    if share_out is None:
+        result, log_total = finish(state, sinks, heads, problem.dropout)
+        start = out.data + batch.to(tl.int64) * out.batch
+        start += heads.to(tl.int64)[:, None] * out.head + at.to(tl.int64)[:, None] * out.row
+        tl.store(start + dims[None, :], result.to(out.data.dtype.element_ty), mask=there)
+        tl.store(lse + to, log_total * LN_2, mask=inside)
+    else:
+        result, most, sum_of_all = state
+        to = to * splits + split
+        tl.store(share_out + to[:, None] * head_dim_v + dims[None, :], result, mask=there)
+        tl.store(share_top + to, most, mask=inside)
+        tl.store(share_total + to, sum_of_all, mask=inside)
 
 
 @triton.jit
 def _add_splits_kernel(
-    split_out,
-    split_top,
-    split_total,
+    share_out,
+    share_top,
+    share_total,
     out,
     lse,
     sinks,
@@ -114,7 +162,7 @@ def _add_splits_kernel(
     Grid: batch * num_heads_q * seq_len_q.
 
     Args:
-        split_out: what :func:`_decode_kernel` wrote; likewise ``split_top`` and ``split_total``.
+        share_out: what :func:`_decode_kernel` wrote; likewise ``share_top`` and ``share_total``.
         out: View of [batch, num_heads_q, seq_len_q, head_dim_v].
         lse: float64 [batch, num_heads_q, seq_len_q].
         sinks: [num_heads_q], or None.
@@ -125,10 +173,10 @@ def _add_splits_kernel(
     row, head, batch = at % seq_len_q, at // seq_len_q % num_heads_q, at // seq_len_q // num_heads_q
     shares, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_V)
     here = shares < splits
-    tops = tl.load(split_top + at * splits + shares, mask=here, other=float("-inf"))
-    totals = tl.load(split_total + at * splits + shares, mask=here, other=0.0)
+    tops = tl.load(share_top + at * splits + shares, mask=here, other=float("-inf"))
+    totals = tl.load(share_total + at * splits + shares, mask=here, other=0.0)
     there = here[:, None] & (dims < head_dim_v)[None, :]
-    outs = tl.load(split_out + (at * splits + shares)[:, None] * head_dim_v + dims[None, :], mask=there, other=0.0)
+    outs = tl.load(share_out + (at * splits + shares)[:, None] * head_dim_v + dims[None, :], mask=there, other=0.0)
     top = tl.max(tops, axis=0)
     weights = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
     one = tl.zeros([1], tops.dtype)
@@ -141,59 +189,124 @@ def _add_splits_kernel(
 
 def num_splits(call: AttentionCall) -> int:
     """Returns among how many programs to share out the keys of a head; 0 where a block of queries fills a program."""
-    batch, _, seq_len_q, seq_len_k = call.shape
+    _, _, seq_len_q, seq_len_k = call.shape
     rows = call.group_size * seq_len_q
     if rows > MOST_ROWS or seq_len_q > 16 or seq_len_k < 2 * LEAST_KEYS:
         return 0
+    return _splits(call)
+
+
+def _splits(call: AttentionCall) -> int:
+    batch, _, seq_len_q, seq_len_k = call.shape
+    blocks = cdiv(call.group_size * seq_len_q, MOST_ROWS)
     device = call.query.device
+    # Two programs a multiprocessor: while one waits for its keys, the other multiplies.
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-    return max(1, min(programs // (batch * call.key.shape[1]), seq_len_k // LEAST_KEYS, MOST_SPLITS))
-
-
-def _sizes(call: AttentionCall, tile: Tile, splits: int) -> tuple[int, int]:
-    """Returns the number of splits without empty ones, and how many keys each has."""
-    keys = cdiv(cdiv(call.shape.seq_len_k, splits), tile.columns) * tile.columns
-    return cdiv(call.shape.seq_len_k, keys), keys
+    return max(1, min(programs // (batch * blocks * call.key.shape[1]), seq_len_k // LEAST_KEYS, MOST_SPLITS))
 
 
 def _launches(
-    call: AttentionCall, out: Tensor, lse: Tensor, splits: int, tile: Tile
+    call: AttentionCall, out: Tensor, lse: Tensor, splits: int, tile: Tile, paged: PagedCall | None = None
 ) -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
-    """Returns ``(kernel, grid, arguments, options)`` of both kernels."""
-    batch, num_heads_q, seq_len_q, _ = call.shape
+    """Returns ``(kernel, grid, arguments, options)`` of both kernels, or of the first where it is enough."""
+    batch, num_heads_q, seq_len_q, seq_len_k = call.shape
     head_dim, head_dim_v = call.query.shape[3], call.value.shape[3]
-    splits, keys = _sizes(call, tile, splits)
+    splits = min(splits, cdiv(seq_len_k, tile.columns))
     wide = lse_dtype(call.query.dtype)
-    share_out = lse.new_empty((batch, num_heads_q, seq_len_q, splits, head_dim_v), dtype=wide)
-    top, total = (lse.new_empty(share_out.shape[:-1], dtype=wide) for _ in range(2))
-    given = problem(call)
-    inputs = (view(call.query), view(call.key), view(call.value))
+    shares: tuple[Tensor | None, ...] = (None, None, None)
+    if splits > 1:
+        size = (batch, num_heads_q, seq_len_q, splits)
+        shares = tuple(lse.new_empty(s, dtype=wide) for s in ((*size, head_dim_v), size, size))
+    given, pages, keys, page_size = problem(call), NO_PAGES, (view(call.key), view(call.value)), 0
+    if paged is not None:
+        lo, hi = _band(paged)
+        given = given._replace(mask=given.mask._replace(diag_lo=lo, diag_hi=hi), seq_len_q=_FAR)
+        table = paged.block_table.contiguous()
+        pages, page_size = Pages(table, table.stride(0), paged.key_cache.shape[0]), paged.key_cache.shape[1]
+        keys = _page_view(paged.key_cache), _page_view(paged.value_cache)
+    packed = call.group_size * seq_len_q
+    blocks = cdiv(packed, MOST_ROWS)
     dims = {"DIM": padded(head_dim), "DIM_V": padded(head_dim_v)}
-    sizes = {"ROWS": padded(call.group_size * seq_len_q), "KEYS": tile.columns}
-    shares = (share_out, top, total)
-    dropout: Dropout = given.dropout
-    return [
+    sizes = {"PAGE": page_size, "ROWS": padded(min(packed, MOST_ROWS)), "KEYS": tile.columns}
+    launches: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = [
         (
-            *(_decode_kernel, splits * batch * call.key.shape[1]),
-            (*inputs, *shares, given, head_dim, head_dim_v, splits, keys),
+            *(_decode_kernel, splits * blocks * batch * call.key.shape[1]),
+            (
+                *(view(call.query), *keys, view(out), lse, *shares, call.sinks, given, pages),
+                *(seq_len_q, head_dim, head_dim_v, splits, blocks),
+            ),
             {"PRECISION": precision(), "FOLDED": folds(call), **sizes, **dims, **tile.options},
-        ),
-        (
-            *(_add_splits_kernel, batch * num_heads_q * seq_len_q),
-            (*shares, view(out), lse, call.sinks, dropout, seq_len_q, num_heads_q, head_dim_v, splits),
-            {"SPLITS": 1 << (splits - 1).bit_length(), "DIM_V": dims["DIM_V"], "num_warps": 4},
-        ),
+        )
     ]
+    if splits > 1:
+        numbers = (seq_len_q, num_heads_q, head_dim_v, splits)
+        launches.append(
+            (
+                *(_add_splits_kernel, batch * num_heads_q * seq_len_q),
+                (*shares, view(out), lse, call.sinks, given.dropout, *numbers),
+                {"SPLITS": 1 << (splits - 1).bit_length(), "DIM_V": dims["DIM_V"], "num_warps": 4},
+            )
+        )
+    return launches
 
 
-def decode_fwd(call: AttentionCall, out: Tensor, lse: Tensor, splits: int) -> None:
+def decode_fwd(call: AttentionCall, out: Tensor, lse: Tensor, splits: int, paged: PagedCall | None = None) -> None:
     """Writes out and lse of a call of a few queries, its keys shared out among ``splits`` programs or fewer."""
 
     def start(tile: Tile) -> None:
-        for kernel, programs, arguments, options in _launches(call, out, lse, splits, tile):
+        for kernel, programs, arguments, options in _launches(call, out, lse, splits, tile, paged):
             kernel[(programs,)](*arguments, **options)
 
     launch("attention, a few queries", tiles.choose(tiles.DECODE, call, architecture(call.query.device)), start)
+
+
+def paged_fwd(paged: PagedCall) -> tuple[Tensor, Tensor]:
+    """Returns ``(out, lse)`` of a call over a paged cache that is not empty, whatever its number of queries."""
+    call = _as_attention(paged)
+    out, lse = empty_output(call)
+    decode_fwd(call, out, lse, _splits(call), paged)
+    return out, lse
+
+
+def _as_attention(paged: PagedCall) -> AttentionCall:
+    """Returns the call without its pages: keys and values are views of the right sizes, and never read."""
+
+    def capacity(cache: Tensor) -> Tensor:
+        num_heads_kv, dim = cache.shape[2:]
+        size = (paged.query.shape[0], num_heads_kv, paged.capacity, dim)
+        return cache[:1, :1].transpose(1, 2).expand(size)
+
+    none = dict.fromkeys(f for f in AttentionCall._fields if f not in AttentionCall._field_defaults)
+    return AttentionCall(
+        **{
+            **none,
+            "query": paged.query,
+            "key": capacity(paged.key_cache),
+            "value": capacity(paged.value_cache),
+            "sinks": paged.sinks,
+            "key_lengths": paged.cache_lengths,
+            "diag_lo": OPEN_LO,
+            "diag_hi": OPEN_HI,
+            "softmax_scale": paged.softmax_scale,
+            "softcap": paged.softcap,
+            "dropout_p": 0.0,
+            "backend": paged.backend,
+        }
+    )
+
+
+def _band(paged: PagedCall) -> tuple[int | None, int | None]:
+    """Returns the least and the largest ``key - position`` that may be seen, as ``arguments.Mask`` has it."""
+    lo, hi = max(paged.diag_lo, -paged.capacity), min(paged.diag_hi, paged.capacity)
+    # The last position sees nothing after it anyway.
+    if lo == -paged.capacity and hi >= (0 if paged.query.shape[2] == 1 else paged.capacity):
+        return None, None
+    return lo, hi
+
+
+def _page_view(cache: Tensor) -> View:
+    page, row, head, column = cache.stride()
+    return View(cache, page, head, row, column)
 
 
 def configurations(architecture: int) -> Iterator[Configuration]:
@@ -204,3 +317,16 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         out, lse = empty_output(few)
         for kernel, _, arguments, options in _launches(few, out, lse, 8, tile):
             yield Configuration(f"{kernel.__name__.strip('_')} {name}", kernel, arguments, options)
+    for page_size in (16, 256):
+        cache = torch.empty(64, page_size, 2, 128, dtype=torch.bfloat16)
+        integers = torch.empty(2, 16, dtype=torch.int32)
+        paged = PagedCall(
+            *(torch.empty(2, 8, 4, 128, dtype=torch.bfloat16), cache, cache, integers, integers[:, 0].contiguous()),
+            *(None, OPEN_LO, 0, 0.1, 0.0, "triton"),
+        )
+        call = _as_attention(paged)
+        out, lse = empty_output(call)
+        for splits in (1, 8):
+            tile = tiles.choose(tiles.DECODE, call, architecture)[0]
+            kernel, _, arguments, options = _launches(call, out, lse, splits, tile, paged)[0]
+            yield Configuration(f"decode pages of {page_size}, {splits} splits {tile}", kernel, arguments, options)

@@ -32,10 +32,45 @@ def nothing_yet(dtype: tl.constexpr, ROWS: tl.constexpr, DIM_V: tl.constexpr):
 
 
 @triton.jit
+def load_keys(
+    view, box, pages, batch, head, begin, limit, columns, PAGE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Returns keys, or values, [begin, begin + KEYS) of a batch entry, as ``tile.load_rows`` returns rows.
+
+    Args:
+        view: of [batch, num_heads_kv, seq_len_k, ...], or, where PAGE is not 0, of [pages, num_heads_kv, PAGE, ...].
+        pages: ``decode.Pages``; a number of its table that is no page's is the nearest that is.
+        begin: multiple of KEYS.
+    """
+    if PAGE == 0:
+        tile = load_rows(view, batch, head, begin, limit, columns, KEYS, DIM, CHECKED, box)
+    elif PAGE % KEYS == 0:
+        # The tile lies in one page.
+        page = tl.load(pages.table + batch.to(tl.int64) * pages.stride + begin // PAGE)
+        page = tl.minimum(tl.maximum(page, 0), pages.count - 1)
+        within = begin % PAGE
+        tile = load_rows(view, page, head, within, limit - begin + within, columns, KEYS, DIM, CHECKED)
+    else:
+        keys, at = begin + tl.arange(0, KEYS), tl.arange(0, DIM)
+        there = keys < limit
+        page = tl.load(pages.table + batch.to(tl.int64) * pages.stride + keys // PAGE, mask=there, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages.count - 1)
+        start = view.data + head.to(tl.int64) * view.head
+        rows = page.to(tl.int64) * view.batch + (keys % PAGE).to(tl.int64) * view.row
+        inside = (at < columns)[None, :]
+        if CHECKED:
+            inside &= there[:, None]
+        tile = tl.load(start + rows[:, None] + at[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
 def add_tiles(
-    state, q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, begin, end, gap_begin, gap, limit,
-    head_dim, head_dim_v, PRECISION: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr, POISONED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    state, q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, begin, end, gap_begin, gap,
+    limit, head_dim, head_dim_v, PRECISION: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr,
+    MASKED: tl.constexpr, POISONED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Moves a state over the keys in [begin, end), but for ``gap`` of them from ``gap_begin`` on; all but ``end`` are
     multiples of KEYS.
@@ -43,6 +78,7 @@ def add_tiles(
     Args:
         q: queries [ROWS, DIM].
         key_box: descriptor of ``key`` (``boxes.box``), or None; likewise ``value_box``.
+        pages: ``decode.Pages``, if PAGE, the number of keys a page, is not 0.
         heads: of each query, int32 [ROWS, 1], or one for all.
         rows: of each query, int32 [ROWS, 1]; beyond the last one it is none.
         FOLDED: what :func:`folds` returned.
@@ -53,7 +89,7 @@ def add_tiles(
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         columns = (start + tl.arange(0, KEYS))[None, :]
-        k = load_rows(key, batch, head_kv, start, limit, head_dim, KEYS, DIM, MASKED, key_box)
+        k = load_keys(key, key_box, pages, batch, head_kv, start, limit, head_dim, PAGE, KEYS, DIM, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
         # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
         if FOLDED:
@@ -76,7 +112,7 @@ def add_tiles(
         if problem.dropout.state is not None:
             planes = batch * problem.num_heads_q + heads
             p = tl.where(philox.keep_of(problem.dropout, planes, rows, start, ROWS, KEYS), p, 0.0)
-        v = load_rows(value, batch, head_kv, start, limit, head_dim_v, KEYS, DIM_V, MASKED, value_box)
+        v = load_keys(value, value_box, pages, batch, head_kv, start, limit, head_dim_v, PAGE, KEYS, DIM_V, MASKED)
         out *= alpha[:, None]
         if POISONED:
             seen = masking.visible(
@@ -111,23 +147,23 @@ def _add_each_seen(to, weights, values, seen, KEYS: tl.constexpr):
 
 @triton.jit
 def over_keys(
-    q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v,
-    PRECISION: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
+    q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Returns the state over the keys of ``parts``, as ``masking.key_parts`` returns them; see :func:`add_tiles`."""
     begin, free_begin, free_end, end = parts
     state = nothing_yet(accumulator(q.dtype), ROWS, DIM_V)
     state = add_tiles(
-        state, q, key, value, key_box, value_box, problem, batch, head_kv, heads, rows, free_begin, free_end, free_end,
-        0, limit, head_dim, head_dim_v, PRECISION, FOLDED, False, False, ROWS, KEYS, DIM, DIM_V,
+        state, q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, free_begin, free_end,
+        free_end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, False, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     # Values of padding may be NaN, which a box would fetch.
     PADDED: tl.constexpr = problem.mask.key_lengths is not None
     state = add_tiles(
-        state, q, key, value, None if PADDED else key_box, None if PADDED else value_box, problem, batch, head_kv,
-        heads, rows, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v, PRECISION, FOLDED,
-        True, False, ROWS, KEYS, DIM, DIM_V,
+        state, q, key, value, None if PADDED else key_box, None if PADDED else value_box, pages, problem, batch,
+        head_kv, heads, rows, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v, PRECISION,
+        FOLDED, PAGE, True, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     out, top, total = state
     if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
@@ -135,9 +171,9 @@ def over_keys(
             # Perhaps by a value that its row may not see: once more, touching only what may be seen. A few keys a step,
             # because the registers of this loop are the whole kernel's.
             out, top, total = add_tiles(
-                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, None, None, problem, batch, head_kv,
-                heads, rows, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, True, True, ROWS, FEW,
-                DIM, DIM_V,
+                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, None, None, pages, problem, batch,
+                head_kv, heads, rows, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, True,
+                True, ROWS, FEW, DIM, DIM_V,
             )  # fmt: skip
     return out, top, total
 

@@ -18,6 +18,7 @@ from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall
+from fastattn.spec.paged_attention import PagedCall
 from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
@@ -57,6 +58,7 @@ CALLS = {
     "linear_cross_entropy": LinearCrossEntropyCall,
     "norm": NormCall,
     "norm_backward": NormBackwardCall,
+    "paged_attention": PagedCall,
     "rotary_embedding": RotaryEmbeddingCall,
     "softmax": SoftmaxCall,
     "softmax_backward": SoftmaxBackwardCall,

@@ -12,6 +12,7 @@ from fastattn.backends.base import Backend
 from fastattn.backends.extension import cpu_flags, kernels, load
 from fastattn.backends.products import product
 from fastattn.reference import linear as linear_formula
+from fastattn.reference import paged_attention as paged_formula
 from fastattn.reference import rotary_embedding as rotary_embedding_formula
 from fastattn.spec import attention_weights as attention_weights_spec
 from fastattn.spec import embedding as embedding_spec
@@ -27,6 +28,7 @@ from fastattn.spec.feed_forward import FeedForwardCall
 from fastattn.spec.linear import LinearCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
 from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
+from fastattn.spec.paged_attention import PagedCall
 from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
@@ -66,6 +68,9 @@ class CpuBackend(Backend):
             if grad is not None and values is not None and values is not grad:
                 grad.copy_(values)
         return grads
+
+    def paged_attention(self, call: PagedCall) -> tuple[Tensor, Tensor]:
+        return paged_formula.paged_attention(call, self.attention)
 
     def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
         call = call._replace(lse=_kept(call.lse))

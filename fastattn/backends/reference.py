@@ -17,6 +17,7 @@ from fastattn.reference import feed_forward as feed_forward_formula
 from fastattn.reference import linear as linear_formula
 from fastattn.reference import linear_cross_entropy as linear_cross_entropy_formula
 from fastattn.reference import norm as norm_formula
+from fastattn.reference import paged_attention as paged_formula
 from fastattn.reference import rotary_embedding as rotary_embedding_formula
 from fastattn.reference import softmax as softmax_formula
 from fastattn.spec import feed_forward as feed_forward_spec
@@ -28,6 +29,7 @@ from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.dropout import DropoutCall
 from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall
+from fastattn.spec.paged_attention import PagedCall
 from fastattn.spec.rotary_embedding import RotaryEmbeddingCall
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall
 
@@ -50,6 +52,9 @@ class ReferenceBackend(Backend):
             None if grad is None else torch.empty_like(getattr(call, field)).copy_(grad)
             for field, grad in zip(DIFFERENTIABLE, found, strict=True)
         ]
+
+    def paged_attention(self, call: PagedCall) -> tuple[Tensor, Tensor]:
+        return paged_formula.paged_attention(call, self.attention)
 
     def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
         return attention_weights_formula.reduced_in_blocks(call)

@@ -22,6 +22,7 @@ from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.attention_weights import WeightsCall
 from fastattn.spec.linear_cross_entropy import LinearCrossEntropyCall
+from fastattn.spec.paged_attention import PagedCall
 
 # The first whose kernels may take tuples with names and fields that are None.
 LEAST_TRITON = (3, 6)
@@ -108,6 +109,11 @@ def _too_large(call: NamedTuple) -> list[str]:
             reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
         if max(attention.query.shape[2], attention.key.shape[2]) > MAX_LENGTH:
             reasons.append(f"takes at most {MAX_LENGTH} queries and keys of a batch entry")
+    if isinstance(call, PagedCall):
+        if max(call.query.shape[3], call.value_cache.shape[3]) > MAX_HEAD_DIM:
+            reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
+        if max(call.query.shape[2], call.capacity) > MAX_LENGTH:
+            reasons.append(f"takes at most {MAX_LENGTH} queries and keys of a batch entry")
     if isinstance(call, LinearCrossEntropyCall) and call.num_tokens > MAX_LENGTH:
         reasons.append(f"takes at most {MAX_LENGTH} tokens")
     return reasons
@@ -164,6 +170,11 @@ class TritonBackend(RowOps, Backend):
         from fastattn.kernels.attention_backward import attention_bwd
 
         return attention_bwd(call, out, lse, dout, dlse, needed)
+
+    def paged_attention(self, call: PagedCall) -> tuple[Tensor, Tensor]:
+        from fastattn.kernels.decode import paged_fwd
+
+        return paged_fwd(call)
 
     def attention_weights(self, call: WeightsCall) -> tuple[Tensor, Tensor]:
         from fastattn.kernels.attention_weights import attention_weights_fwd

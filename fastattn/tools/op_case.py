@@ -19,7 +19,8 @@ class OpCase:
 
     ``tensors`` draws its differentiable inputs, in float64, from a seed; ``ours`` maps them, in any dtype, and a
     backend's name to named outputs, and ``eager`` does the same in plain PyTorch, in the dtype that it is given; what
-    else they need, such as a mask, they bring to the tensors' device.  The rule is applied to ``draws`` draws together.
+    else they need, such as a mask, they bring to the tensors' device.  The rule is applied to ``draws`` draws together,
+    and, where ``has_gradients``, to the gradients too.
     """
 
     op: str
@@ -29,6 +30,7 @@ class OpCase:
     ours: Callable[[Tensors, str | None], Tensors]
     eager: Callable[[Tensors], Tensors]
     draws: int = 1
+    has_gradients: bool = True
 
 
 class Draw:

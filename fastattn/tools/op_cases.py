@@ -15,7 +15,7 @@ from fastattn.biases import Alibi, RelativeBias, RelativePosition
 from fastattn.masks import Mask, Shape
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.checks import draw_dropout_state
-from fastattn.tools import eager, position_cases, row_cases
+from fastattn.tools import eager, paged_cases, position_cases, row_cases
 from fastattn.tools.op_case import SEED, Draw, OpCase, Tensors
 
 # No multiple of any tile, and more than one of each: edges, full blocks and the steps between them all occur.
@@ -187,6 +187,7 @@ def _bias(name: str, tensor: Tensor | None) -> Tensor | RelativeBias | None:
 
 FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {
     "attention": attention_cases,
+    "paged_attention": paged_cases.paged_attention_cases,
     **row_cases.FAMILIES,
     **position_cases.FAMILIES,
 }

@@ -141,7 +141,7 @@ def verify_ops(
 
 
 def check(case: OpCase, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> Iterator[OpResult]:
-    """Yields the forward and the backward row of a call; one row if the backend refuses it."""
+    """Yields the forward and, where it has gradients, the backward row of a call; one row if the backend refuses it."""
     head = (case.op, case.mask, case.variant, dtype)
     ours, eager, reference = [], [], []
     for seed in range(case.draws):
@@ -149,13 +149,14 @@ def check(case: OpCase, dtype: torch.dtype, backend: str | None, device: str = "
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)
             try:
-                ours.append(_run(lambda t: case.ours(t, backend), tensors))
+                ours.append(_run(lambda t: case.ours(t, backend), tensors, case.has_gradients))
             except UnsupportedError as refusal:
                 yield OpResult(*head, "forward", (), str(refusal))
                 return
-        eager.append(_run(case.eager, tensors))
-        reference.append(_run(lambda t: case.ours(t, "reference"), {name: t.double() for name, t in tensors.items()}))
-    for k, direction in enumerate(("forward", "backward")):
+        eager.append(_run(case.eager, tensors, case.has_gradients))
+        wide = {name: t.double() for name, t in tensors.items()}
+        reference.append(_run(lambda t: case.ours(t, "reference"), wide, case.has_gradients))
+    for k, direction in enumerate(("forward", "backward")[: 1 + case.has_gradients]):
         figures = []
         for name in ours[0][k]:
             mine, theirs, exact = (
@@ -165,8 +166,12 @@ def check(case: OpCase, dtype: torch.dtype, backend: str | None, device: str = "
         yield OpResult(*head, direction, tuple(figures))
 
 
-def _run(function: Callable[[Tensors], Tensors], tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Returns the outputs of ``function`` and the gradients of a fixed random combination of them."""
+def _run(
+    function: Callable[[Tensors], Tensors], tensors: Tensors, has_gradients: bool = True
+) -> tuple[Tensors, Tensors]:
+    """Returns the outputs of ``function`` and the gradients of a fixed random combination of them, if it has any."""
+    if not has_gradients:
+        return function(tensors), {}
     leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
     outputs = function(leaves)
     generator = torch.Generator().manual_seed(1)
