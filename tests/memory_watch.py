@@ -77,13 +77,13 @@ def watching() -> Iterator[None]:
     prepare, finish = executor._init_args_hst, executor._restore_args_dev
     watch: list[_Watch] = []
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         watch[-1].touch(pointers, mask.data, watch[-1].read)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **more)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         watch[-1].touch(pointers, mask.data, watch[-1].written)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **more)
 
     def begin(self: Any, *arguments: Any) -> Any:
         found = prepare(self, *arguments)

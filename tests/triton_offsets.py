@@ -128,7 +128,7 @@ def strided(module: str) -> Iterator[Any]:
     launches = []
     if module == "product":
         x = torch.empty(512, 512, device="meta")
-        launches = [product.product_launch(product.TILES[90][4, 1][1], x, x, x.t(), bias=x[0])]
+        launches = [product.product_launch(product.TILES[90][4, 1][1], x, x, x.t(), product.Epilogue(bias=x[0]))]
     elif module == "softmax":
         x = torch.empty(4, 1 << 18, 8, device="meta")
         forward = softmax_call(x, 1, mask=None, scale=1.0, dtype=None, log=False, backend="triton")
