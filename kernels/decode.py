@@ -23,8 +23,8 @@ from fastattn.kernels.arguments import View, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
 from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2
-from fastattn.masks import OPEN_HI, OPEN_LO
-from fastattn.spec.attention import AttentionCall, empty_output, lse_dtype
+from fastattn.masks import OPEN_LO
+from fastattn.spec.attention import AttentionCall, attention_call, empty_output, lse_dtype
 from fastattn.spec.paged_attention import PagedCall
 
 # Rows of queries, packed, up to which reading the keys takes longer than multiplying them.
@@ -43,12 +43,12 @@ class Pages(NamedTuple):
     Attributes:
         table: int32 [batch, max_pages], the page of each run of keys; None where keys are one tensor.
         stride: of the table's rows.
-        count: pages there are; a number in the table that is none of theirs means the nearest.
+        number: pages there are; an entry of the table that is none of theirs means the nearest.
     """
 
     table: Any
     stride: int
-    count: int
+    number: int
 
 
 NO_PAGES = Pages(None, 0, 0)
@@ -276,23 +276,16 @@ def _as_attention(paged: PagedCall) -> AttentionCall:
         size = (paged.query.shape[0], num_heads_kv, paged.capacity, dim)
         return cache[:1, :1].transpose(1, 2).expand(size)
 
-    none = dict.fromkeys(f for f in AttentionCall._fields if f not in AttentionCall._field_defaults)
-    return AttentionCall(
-        **{
-            **none,
-            "query": paged.query,
-            "key": capacity(paged.key_cache),
-            "value": capacity(paged.value_cache),
-            "sinks": paged.sinks,
-            "key_lengths": paged.cache_lengths,
-            "diag_lo": OPEN_LO,
-            "diag_hi": OPEN_HI,
-            "softmax_scale": paged.softmax_scale,
-            "softcap": paged.softcap,
-            "dropout_p": 0.0,
-            "backend": paged.backend,
-        }
+    call = attention_call(
+        paged.query,
+        capacity(paged.key_cache),
+        capacity(paged.value_cache),
+        softmax_scale=paged.softmax_scale,
+        softcap=paged.softcap or None,
+        sinks=paged.sinks,
+        backend=paged.backend,
     )
+    return call._replace(key_lengths=paged.cache_lengths)
 
 
 def _band(paged: PagedCall) -> tuple[int | None, int | None]:
@@ -318,12 +311,10 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         for kernel, _, arguments, options in _launches(few, out, lse, 8, tile):
             yield Configuration(f"{kernel.__name__.strip('_')} {name}", kernel, arguments, options)
     for page_size in (16, 256):
+        query = torch.empty(2, 8, 4, 128, dtype=torch.bfloat16)
         cache = torch.empty(64, page_size, 2, 128, dtype=torch.bfloat16)
-        integers = torch.empty(2, 16, dtype=torch.int32)
-        paged = PagedCall(
-            *(torch.empty(2, 8, 4, 128, dtype=torch.bfloat16), cache, cache, integers, integers[:, 0].contiguous()),
-            *(None, OPEN_LO, 0, 0.1, 0.0, "triton"),
-        )
+        table, lengths = torch.empty(2, 16, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+        paged = PagedCall(query, cache, cache, table, lengths, None, OPEN_LO, 0, 0.1, 0.0, "triton")
         call = _as_attention(paged)
         out, lse = empty_output(call)
         for splits in (1, 8):

@@ -48,14 +48,14 @@ def load_keys(
     elif PAGE % KEYS == 0:
         # The tile lies in one page.
         page = tl.load(pages.table + batch.to(tl.int64) * pages.stride + begin // PAGE)
-        page = tl.minimum(tl.maximum(page, 0), pages.count - 1)
+        page = tl.minimum(tl.maximum(page, 0), pages.number - 1)
         within = begin % PAGE
         tile = load_rows(view, page, head, within, limit - begin + within, columns, KEYS, DIM, CHECKED)
     else:
         keys, at = begin + tl.arange(0, KEYS), tl.arange(0, DIM)
         there = keys < limit
         page = tl.load(pages.table + batch.to(tl.int64) * pages.stride + keys // PAGE, mask=there, other=0)
-        page = tl.minimum(tl.maximum(page, 0), pages.count - 1)
+        page = tl.minimum(tl.maximum(page, 0), pages.number - 1)
         start = view.data + head.to(tl.int64) * view.head
         rows = page.to(tl.int64) * view.batch + (keys % PAGE).to(tl.int64) * view.row
         inside = (at < columns)[None, :]
