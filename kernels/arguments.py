@@ -63,11 +63,35 @@ class Dropout(NamedTuple):
         state: int64 [2], seed and offset; None for no dropout.
         threshold: a random number below it drops its element.
         rescale: what survivors are multiplied by.
+        sequence: what is added to the offset; None for nothing.
     """
 
     state: Any
     threshold: int
     rescale: float
+    sequence: Any = None
+
+
+class Packing(NamedTuple):
+    """Where sequences lie that are packed one after another; all None where there are none.
+
+    Attributes:
+        starts_q: int64 [num_sequences + 1], where the queries of each begin.
+        starts_k: the same of keys.
+        tokens_q: queries of all.
+        tokens_k: keys of all.
+        from_end: 1 where the mask's band counts from the diagonal through the last query and key, or None.
+        begin_q: the first query of one sequence, once a kernel has chosen it (``packing.own``).
+        begin_k: likewise its first key.
+    """
+
+    starts_q: Any = None
+    starts_k: Any = None
+    tokens_q: int | None = None
+    tokens_k: int | None = None
+    from_end: int | None = None
+    begin_q: Any = None
+    begin_k: Any = None
 
 
 NO_DROPOUT = Dropout(None, 0, 1.0)
@@ -84,8 +108,9 @@ class Problem(NamedTuple):
         bias: :class:`View`.
         relative_bias: :class:`View` of [1, heads, 1, seq_len_q + seq_len_k - 1].
         dropout: :class:`Dropout`.
-        seq_len_q: queries.
-        seq_len_k: keys.
+        packing: :class:`Packing`.
+        seq_len_q: queries; of packed sequences, of the longest.
+        seq_len_k: keys; likewise.
         num_heads_q: query heads.
         group_size: query heads that share a key-value head.
         scale: what a product of query and key is multiplied by; in powers of two where there is no softcap and no bias.
@@ -96,6 +121,7 @@ class Problem(NamedTuple):
     bias: View
     relative_bias: View
     dropout: Dropout
+    packing: Packing
     seq_len_q: int
     seq_len_k: int
     num_heads_q: int
@@ -132,6 +158,7 @@ def problem(call: AttentionCall) -> Problem:
         broadcast(call.bias),
         broadcast(relative_bias),
         Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), number(1.0 / (1.0 - call.dropout_p), dtype)),
+        _packing(call),
         seq_len_q,
         seq_len_k,
         num_heads_q,
@@ -141,14 +168,22 @@ def problem(call: AttentionCall) -> Problem:
     )
 
 
+def _packing(call: AttentionCall) -> Packing:
+    if call.starts_q is None:
+        return Packing()
+    return Packing(call.starts_q, call.starts_k, call.query.shape[2], call.key.shape[2], 1 if call.from_end else None)
+
+
 def mask(call: AttentionCall) -> Mask:
     """Returns the mask of ``call``."""
     _, _, seq_len_q, seq_len_k = call.shape
     lo: int | None = None
     hi: int | None = None
-    if call.diag_lo > -seq_len_q or call.diag_hi < seq_len_k:
+    # Counted from the end, the last query is on diagonal 0.
+    below, above = (seq_len_k, seq_len_q) if call.from_end else (seq_len_q, seq_len_k)
+    if call.diag_lo > -below or call.diag_hi < above:
         # Beyond these bounds the band covers everything or nothing.
-        lo = min(max(call.diag_lo, -seq_len_q), seq_len_k + 1)
-        hi = max(min(call.diag_hi, seq_len_k), -seq_len_q - 1)
+        lo = min(max(call.diag_lo, -below), above + 1)
+        hi = max(min(call.diag_hi, above), -below - 1)
     dense = None if call.dense_mask is None else call.dense_mask.view(torch.uint8)
     return Mask(broadcast(dense), lo, hi, call.key_lengths, call.segments_q, call.segments_k)

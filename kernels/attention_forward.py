@@ -5,6 +5,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import decode, masking, tiles
+from fastattn.kernels import decode, masking, packing, tiles
 from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.boxes import box
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
@@ -60,8 +61,16 @@ def _attention_fwd_kernel(
         DIM: power of two that holds head_dim; DIM_V likewise.
     """
     block, plane = block_and_plane(problem.seq_len_q, ROWS)
-    batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    head = plane % problem.num_heads_q
+    batch = plane // problem.num_heads_q
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
     row_begin = block * ROWS
+    if packing.past_end(problem, row_begin):
+        return
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    out = packing.at(problem, out, packing.queries(problem, out))
     row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, ROWS, DIM, True, query_box)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
@@ -73,10 +82,13 @@ def _attention_fwd_kernel(
     )  # fmt: skip
     result, log_total = finish(state, sinks, head, problem.dropout)
     store_rows(out, batch, head, row_begin, problem.seq_len_q, head_dim_v, result, ROWS, DIM_V, out_box)
-    tl.store(lse + plane.to(tl.int64) * problem.seq_len_q + rows, log_total * LN_2, mask=rows < problem.seq_len_q)
+    to = lse + packing.first_row(problem, batch, head) + rows
+    tl.store(to, log_total * LN_2, mask=rows < problem.seq_len_q)
 
 
 def _arguments(call: AttentionCall, out: Tensor, lse: Tensor, tile: Tile, architecture: int) -> tuple[Any, ...]:
+    # A box would reach from one packed sequence into the next.
+    boxes = tile.boxes and call.starts_q is None
     boxed = ((call.query, tile.rows), (call.key, tile.columns), (call.value, tile.columns), (out, tile.rows))
     return (
         view(call.query),
@@ -86,7 +98,7 @@ def _arguments(call: AttentionCall, out: Tensor, lse: Tensor, tile: Tile, archit
         lse,
         call.sinks,
         problem(call),
-        *(box(tensor, rows, architecture) if tile.boxes else None for tensor, rows in boxed),
+        *(box(tensor, rows, architecture) if boxes else None for tensor, rows in boxed),
         call.query.shape[3],
         call.value.shape[3],
     )
@@ -99,7 +111,8 @@ def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
 
 
 def _table(call: AttentionCall) -> tiles.Table:
-    return tiles.FORWARD if folds(call) and call.dropout_state is None else tiles.FORWARD_RICH
+    lean = folds(call) and call.dropout_state is None and call.starts_q is None
+    return tiles.FORWARD if lean else tiles.FORWARD_RICH
 
 
 def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -123,7 +136,8 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields the kernel with every tile of its table for an architecture."""
     for table in (tiles.FORWARD, tiles.FORWARD_RICH):
-        for name, call, tile in tiles.calls(table, architecture):
+        both = (tiles.calls(table, architecture, packed) for packed in (False, True))
+        for name, call, tile in itertools.chain(*both):
             if _table(call) is not table:
                 continue
             out, lse = empty_output(call)

@@ -190,6 +190,8 @@ def _add_splits_kernel(
 def num_splits(call: AttentionCall) -> int:
     """Returns among how many programs to share out the keys of a head; 0 where a block of queries fills a program."""
     _, _, seq_len_q, seq_len_k = call.shape
+    if call.starts_q is not None:
+        return 0
     rows = call.group_size * seq_len_q
     if rows > MOST_ROWS or seq_len_q > 16 or seq_len_k < 2 * LEAST_KEYS:
         return 0

@@ -26,6 +26,8 @@ def keep(dropout, plane, row_begin, column_begin, ROWS: tl.constexpr, COLUMNS: t
 def keep_of(dropout, planes, rows, column_begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The same of any rows: int32 [ROWS, 1], as ``planes``, which may be one for all."""
     seed, offset = tl.load(dropout.state), tl.load(dropout.state + 1)
+    if dropout.sequence is not None:
+        offset += dropout.sequence
     quads = (column_begin // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
     zero = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
     a, b, c, d = philox_impl(

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from fastattn.biases import Alibi
 from fastattn.kernels import replay
 from fastattn.kernels.launch import Tile, padded
 from fastattn.masks import Causal, KeyLengths
 from fastattn.spec.attention import AttentionCall, attention_call
+from fastattn.spec.varlen_attention import varlen_call
 
 Choices = dict[tuple[int, int], tuple[Tile, ...]]
 Table = dict[int, Choices]
@@ -214,7 +216,7 @@ def choose(table: Table, call: AttentionCall, architecture: int) -> tuple[Tile, 
     return next(tile for (size, most), tile in known.items() if size == call.query.element_size() and dim <= most)
 
 
-def calls(table: Table, architecture: int) -> Iterator[tuple[str, AttentionCall, Tile]]:
+def calls(table: Table, architecture: int, packed: bool = False) -> Iterator[tuple[str, AttentionCall, Tile]]:
     """Yields ``(name, call, tile)`` for each tile of a table: calls to compile a kernel for.
 
     What follows a first choice is compiled with fewer calls, and in half precision only: it takes less of everything.
@@ -222,7 +224,7 @@ def calls(table: Table, architecture: int) -> Iterator[tuple[str, AttentionCall,
     dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     for (size, dim), choices in table[architecture].items():
         for at, tile in enumerate(choices):
-            for name, call in example_calls(dtypes[size], dim):
+            for name, call in (packed_calls if packed else example_calls)(dtypes[size], dim):
                 if at and (size > 2 or name == "plain"):
                     continue
                 yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tile}", call, tile
@@ -241,3 +243,16 @@ def example_calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Attention
     }
     for name, given in options.items():
         yield name, attention_call(query, key, key, backend="triton", **given)
+
+
+def packed_calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, AttentionCall]]:
+    """Yields the same of packed sequences."""
+    query = torch.empty(2048, 4, dim, dtype=dtype)
+    key = torch.empty(2048, 2, dim, dtype=dtype)
+    bounds = torch.tensor([0, 1024, 2048])
+    options: dict[str, dict[str, Any]] = {
+        "packed causal": {"mask": Causal()},
+        "packed everything": {"mask": Causal(), "bias": Alibi(torch.empty(4)), "dropout_p": 0.5, "softcap": 2.0},
+    }
+    for name, given in options.items():
+        yield name, varlen_call(query, key, key, bounds, bounds, backend="triton", **given)

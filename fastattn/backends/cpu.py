@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends import blocked
+from fastattn.backends import blocked, packed
 from fastattn.backends.base import Backend
 from fastattn.backends.extension import cpu_flags, kernels, load
 from fastattn.backends.products import product
@@ -41,6 +41,8 @@ class CpuBackend(Backend):
         return load()[1]
 
     def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if call.starts_q is not None:
+            return packed.attention(call, self.attention)
         out, lse = empty_output(call)
         kernels().attention_forward(call, out, lse)
         return out, lse
@@ -54,6 +56,8 @@ class CpuBackend(Backend):
     def attention_backward(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor | None]:
+        if call.starts_q is not None:
+            return packed.attention_backward(call, out, lse, dout, dlse, needed, self.attention_backward)
         grads = [
             torch.empty_like(tensor) if need and tensor is not None else None
             for tensor, need in zip((getattr(call, f) for f in DIFFERENTIABLE), needed, strict=True)

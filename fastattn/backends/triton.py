@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.backends import packed
 from fastattn.backends.base import Backend
 from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
@@ -107,7 +108,7 @@ def _too_large(call: NamedTuple) -> list[str]:
     if isinstance(attention, AttentionCall):
         if max(attention.query.shape[3], attention.value.shape[3]) > MAX_HEAD_DIM:
             reasons.append(f"takes a head_dim of at most {MAX_HEAD_DIM}")
-        if max(attention.query.shape[2], attention.key.shape[2]) > MAX_LENGTH:
+        if max(attention.shape[2:]) > MAX_LENGTH:
             reasons.append(f"takes at most {MAX_LENGTH} queries and keys of a batch entry")
     if isinstance(call, PagedCall):
         if max(call.query.shape[3], call.value_cache.shape[3]) > MAX_HEAD_DIM:
@@ -169,6 +170,8 @@ class TritonBackend(RowOps, Backend):
     ) -> list[Tensor | None]:
         from fastattn.kernels.attention_backward import attention_bwd
 
+        if call.starts_q is not None:
+            return packed.attention_backward(call, out, lse, dout, dlse, needed, self.attention_backward)
         return attention_bwd(call, out, lse, dout, dlse, needed)
 
     def paged_attention(self, call: PagedCall) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_cal
 CALL_SCHEMA = """
     Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? relative_bias, Tensor? sinks, Tensor? dense_mask,
     Tensor? key_lengths, Tensor? segments_q, Tensor? segments_k, Tensor? dropout_state, SymInt diag_lo, SymInt diag_hi,
-    float softmax_scale, float softcap, float dropout_p, str backend"""
+    float softmax_scale, float softcap, float dropout_p, str backend, Tensor? starts_q, Tensor? starts_k,
+    SymInt longest_q, SymInt longest_k, bool from_end"""
 _BANDS = (type(None), masks.Causal, masks.Window)  # the masks that are two numbers, whatever the shapes
 _NUM_FIELDS = len(AttentionCall._fields)
 _DIFFERENTIABLE_AT = tuple(AttentionCall._fields.index(f) for f in DIFFERENTIABLE)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import masks
 from fastattn.reference.philox import keep_mask
 from fastattn.spec.attention import AttentionCall, kept_lse_dtype, lse_dtype
+from fastattn.spec.varlen_attention import sequences
 
 # Most terms of a sum that one matrix product takes, where the number of threads must not show.
 LONGEST_SUM = 512
@@ -24,6 +25,9 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     ``kept_lse_dtype``.  Accumulates in float32 (float64 for float64) and rounds once, at the end.  Empty rows give 0
     and -inf.
     """
+    if call.starts_q is not None:
+        found = [attention(one) for _, _, one in sequences(call)]
+        return torch.cat([out for out, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
     weights, lse, allowed = _weights(call)
     value = _visible_rows(call.value, call, allowed)
     if _all_finite(value):

@@ -28,7 +28,8 @@ class AttentionCall(NamedTuple):
     ``value`` [batch, num_heads_kv, seq_len_k, head_dim_v]; ``bias`` and ``dense_mask`` 4-D, each dimension full or 1;
     ``relative_bias`` [num_heads_q or 1, seq_len_q + seq_len_k - 1]; ``sinks`` [num_heads_q]; ``key_lengths`` int32
     [batch]; ``segments_q`` and ``segments_k`` int32 [batch, seq_len]; ``dropout_state`` int64 [2].  ``softcap`` is 0
-    for none, ``backend`` "" for the automatic choice.
+    for none, ``backend`` "" for the automatic choice.  The fields from ``starts_q`` on are those of packed sequences
+    (``spec/varlen_attention.py``), whose starts are int64 [num_sequences + 1], or None.
     """
 
     query: Tensor
@@ -48,9 +49,17 @@ class AttentionCall(NamedTuple):
     softcap: float
     dropout_p: float
     backend: str
+    starts_q: Tensor | None = None
+    starts_k: Tensor | None = None
+    longest_q: int = 0
+    longest_k: int = 0
+    from_end: bool = False
 
     @property
     def shape(self) -> Shape:
+        """The sizes that mask and bias are laid over; of packed sequences, their number and the longest."""
+        if self.starts_q is not None:
+            return Shape(self.starts_q.shape[0] - 1, self.query.shape[1], self.longest_q, self.longest_k)
         return Shape(self.query.shape[0], self.query.shape[1], self.query.shape[2], self.key.shape[2])
 
     @property
