@@ -198,6 +198,16 @@ def test_candidates_begin_with_what_the_table_holds(architecture):
             assert found[0] in {tuple(tile) for held in table.values() for tile in held}
 
 
+def test_cases_follow_their_tensors_device():
+    """A case that kept a mask or a target on the CPU would fail here as on a GPU."""
+    for case in op_cases.cases():
+        if case.op == "attention" and case.mask not in ("none", "all of them"):
+            continue
+        tensors = {name: t.to("meta", torch.bfloat16) for name, t in case.tensors(0).items()}
+        for answer in (case.eager(tensors), case.ours(tensors, "triton")):
+            assert {out.device.type for out in answer.values()} == {"meta"}
+
+
 def line(who, median, **more):
     shape = {"section": "speed", "op": "attention", "row": "d128-8k", "direction": "forward", "dtype": "bfloat16"}
     rate = {"figure": 1e6 / median, "unit": "TFLOP/s", "flops": 1e12, "moved": 1e9, "memory_bytes": 5, "p20_us": median}

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 _SELF = Path("/proc/self")
-# Bytes that are written between two calls on a GPU, and cycles that it sleeps: 0.25 ms, in which some launches fit.
-_SWEPT, _AHEAD = 1 << 28, 450_000
+# Bytes that are written between two calls on a GPU, and cycles that it sleeps: half a ms, in which some launches fit.
+_SWEPT, _AHEAD = 1 << 28, 900_000
 
 
 class Timing(NamedTuple):

@@ -113,9 +113,11 @@ class Run:
         (self.folder / SUMMARY).write_text(text, encoding="utf-8")
         return text
 
-    def begin(self) -> None:
+    def begin(self, commit: str | None = None) -> None:
         """Writes what the software is and how the clocks stand, and asks the device what it can do."""
         found: Record = {"software": environment.software(), "quick": self.context.quick}
+        if commit:
+            found["software"]["commit"] = commit
         found["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if self.context.device == "cpu":
             found["not_a_gpu"] = True
@@ -236,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
-            run.begin()
+            run.begin(given.commit)
             run.work(given.sections)
         except KeyboardInterrupt:
             run.failed = True
@@ -267,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, help=f"seconds in all ({_BUDGET:.0f}, quick {_QUICK_BUDGET:.0f})")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to test the command itself")
+    parser.add_argument("--commit", help="what to write where the checkout has no history")
     parser.add_argument("--lanes", type=int, help="processes that check and compile at a time (one a core)")
     # What is to go wrong: "die=JOB", "raise=JOB", "hang=JOB" or "wrong=CANDIDATE"; for the tests.
     parser.add_argument("--inject", action="append", default=[], help=argparse.SUPPRESS)

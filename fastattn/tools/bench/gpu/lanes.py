@@ -21,6 +21,8 @@ from fastattn.tools.bench.gpu.jobs import Context, Job, Record
 
 # Seconds to import PyTorch and wake the GPU in, and to end a child that is asked to.
 _START, _END = 180.0, 5.0
+# Seconds for what is under way when the time is up.
+_GRACE = 3.0
 # Children in a row that may end before they have begun: then something else is wrong.
 _STILLBORN = 3
 _TAIL = 3000
@@ -166,17 +168,15 @@ class _Lane:
             return Outcome(job, status, error, trace, time.monotonic() - start)
 
         child.send(job)
-        end = min(start + job.limit, max(self._queue.deadline, start + job.least))
+        end = min(start + job.limit, max(self._queue.deadline, start) + _GRACE)
         while True:
             line = child.read(end)
             if line is None:
-                what = "hung" if child.running() else "died"
-                in_time = time.monotonic() < start + job.limit
-                error = {
-                    "hung": "stopped: the time was up" if in_time else f"stopped after {job.limit:.0f} s",
-                    "died": f"its process ended with status {child.status()}",
-                }[what]
-                return outcome(what, error, child.tail())
+                if not child.running():
+                    return outcome("died", f"its process ended with status {child.status()}", child.tail())
+                if time.monotonic() < start + job.limit:
+                    return outcome("dropped", "stopped: out of time")
+                return outcome("hung", f"stopped after {job.limit:.0f} s", child.tail())
             if "record" in line:
                 self._on_record(job, line["record"])
             elif "done" in line:

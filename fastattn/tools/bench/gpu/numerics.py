@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,13 +136,15 @@ def _attention_arguments(name: str, device: str, tiny: bool) -> tuple[list[Tenso
 RACED = ("d64-full", "d128-causal", "d128-gqa", "d256-causal", "bias-grad", "dropout", "decode")
 
 
+RACED_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "dropout", "feed_forward", "linear_cross_entropy")
+
+
 def _races(job: Job, context: Context, emit: Emit) -> None:
     """Runs a call again and again: output and gradients must be the same bits."""
     given = job.parameters
     tensors, options, dout = _attention_arguments(given["row"], context.device, context.tiny)
-    leaves = [t.requires_grad_() for t in tensors]
 
-    def once() -> list[Tensor]:
+    def once(leaves: Sequence[Tensor]) -> list[Tensor]:
         query, key, value, *bias = leaves
         given_bias = bias[0] if bias else None
         generator = torch.Generator().manual_seed(_SEED) if "dropout_p" in options else None
@@ -151,7 +154,8 @@ def _races(job: Job, context: Context, emit: Emit) -> None:
         assert isinstance(out, Tensor)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
-    _repeat(once, ["out", "dq", "dk", "dv", "dbias"], context.repeats(1000, 100), given, "attention", emit)
+    names = ["out", "dq", "dk", "dv", "dbias"]
+    _repeat(once, tensors, names, context.repeats(1000, 100), given, "attention", emit)
 
 
 def _row_races(job: Job, context: Context, emit: Emit) -> None:
@@ -164,37 +168,46 @@ def _row_races(job: Job, context: Context, emit: Emit) -> None:
     hidden, w_in, w_out = draw(rows, dim), draw(wide, dim, scale=dim**-0.5), draw(dim, wide, scale=wide**-0.5)
     b_in, b_out = draw(wide), draw(dim)
     target = torch.randint(wide, (rows,), generator=torch.Generator().manual_seed(_SEED)).to(context.device)
-    calls: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "softmax": (lambda a: fastattn.softmax(a, backend=backend), [x]),
-        "layer_norm": (lambda a, w, b: fastattn.layer_norm(a, w, b, backend=backend), [x, weight, bias]),  # type: ignore[dict-item, return-value]
-        "rms_norm": (lambda a, w: fastattn.rms_norm(a, w, backend=backend), [x, weight]),  # type: ignore[dict-item, return-value]
-        "feed_forward": (
-            lambda *t: fastattn.feed_forward(*t, activation="gelu", backend=backend),
-            [hidden, w_in, b_in, w_out, b_out],
-        ),
-        "linear_cross_entropy": (
-            lambda h, w: fastattn.linear_cross_entropy(h, w, target, backend=backend),
-            [hidden, w_in],
-        ),
+
+    def drop(a: Tensor) -> Tensor:
+        torch.manual_seed(_SEED)
+        return dropout_op.dropout(a, 0.3)
+
+    calls: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+        "softmax": (fastattn.softmax, [x]),
+        "log_softmax": (fastattn.log_softmax, [x]),
+        "layer_norm": (fastattn.layer_norm, [x, weight, bias]),
+        "rms_norm": (fastattn.rms_norm, [x, weight]),
+        "dropout": (drop, [x]),
+        "feed_forward": (partial(fastattn.feed_forward, activation="gelu"), [hidden, w_in, b_in, w_out, b_out]),
+        "linear_cross_entropy": (lambda h, w: fastattn.linear_cross_entropy(h, w, target), [hidden, w_in]),
     }
     function, tensors = calls[given["op"]]
-    leaves = [t.requires_grad_() for t in tensors]
 
-    def once() -> list[Tensor]:
-        out = function(*leaves)
-        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+    def once(leaves: Sequence[Tensor]) -> list[Tensor]:
+        with use_backend(backend):
+            out = function(*leaves)
+            return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    names = ["out", *(f"gradient {k}" for k in range(len(leaves)))]
-    _repeat(once, names, context.repeats(200, 50), given, given["op"], emit)
+    names = ["out", *(f"gradient {k}" for k in range(len(tensors)))]
+    _repeat(once, tensors, names, context.repeats(200, 50), given, given["op"], emit)
 
 
 def _repeat(
-    once: Callable[[], list[Tensor]], names: list[str], repeats: int, given: dict[str, Any], op: str, emit: Emit
+    once: Callable[[Sequence[Tensor]], list[Tensor]],
+    tensors: Sequence[Tensor],
+    names: list[str],
+    repeats: int,
+    given: dict[str, Any],
+    op: str,
+    emit: Emit,
 ) -> None:
-    first = once()
+    """Runs ``once`` on two sets of tensors by turns, so that what is remembered of a call meets other pointers."""
+    sets = [[(t.detach() * factor).requires_grad_() for t in tensors] for factor in (1.0, -0.5)]
+    first = [once(leaves) for leaves in sets]
     moved: dict[str, int] = {}
-    for _ in range(repeats):
-        for name, a, b in zip(names, first, once(), strict=False):
+    for k in range(repeats):
+        for name, a, b in zip(names, first[k % 2], once(sets[k % 2]), strict=False):
             if not torch.equal(a, b):
                 moved[name] = moved.get(name, 0) + 1
     note = "; ".join(f"{name} differed in {count} of {repeats} runs" for name, count in moved.items())

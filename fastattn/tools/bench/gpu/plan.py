@@ -49,11 +49,9 @@ def checks(backends: Sequence[str], *, quick: bool, tiny: bool) -> list[Job]:
         for row in raced:
             given = {"row": row, "backend": backend}
             found.append(Job(f"races {row} {backend}", "numerics", "races", given, importance=1.5, limit=180.0))
-        for op in (
-            ("softmax",) if tiny else ("softmax", "layer_norm", "rms_norm", "feed_forward", "linear_cross_entropy")
-        ):
+        for op in ("softmax",) if tiny else numerics.RACED_OPS:
             given = {"op": op, "backend": backend}
-            found.append(Job(f"races {op} {backend}", "numerics", "row-races", given, importance=2.5))
+            found.append(Job(f"races of {op} {backend}", "numerics", "row-races", given, importance=2.5))
         for kind in ("dropout", "poison", "weights", "packed"):
             found.append(Job(f"{kind} {backend}", "numerics", kind, {"backend": backend}, importance=2.0))
         if not (quick or tiny):
@@ -78,7 +76,7 @@ def _rules(backend: str, *, quick: bool, tiny: bool) -> Iterator[Job]:
                 if op == "large":
                     importance = 1.2 if dtype == "bfloat16" else 2.2
                 if backend == "reference":
-                    importance += 3.0
+                    importance += 0.6
                 label = ", ".join(filter(None, [case.mask, case.variant]))
                 words = ["verify", op, case.op if op == "large" else "", label, dtype, backend]
                 name = " ".join(filter(None, words))

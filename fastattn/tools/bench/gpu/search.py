@@ -117,7 +117,7 @@ def _product_tiles(numbers: int) -> Iterator[Tile]:
 @contextmanager
 def forced(search: Search, tile: Sequence[int], device: str) -> Iterator[None]:
     """Lets the kernels of a search take a tile, and none but it."""
-    from fastattn.kernels import tiles
+    from fastattn.kernels import replay, tiles
     from fastattn.kernels.launch import Tile as AttentionTile
     from fastattn.kernels.product import ProductTile
 
@@ -129,10 +129,13 @@ def forced(search: Search, tile: Sequence[int], device: str) -> Iterator[None]:
     before = known[search.key]
     # The tile for few rows stays what it is.
     known[search.key] = (before[0], ProductTile._make(tile))
+    # What is remembered was launched with another tile.
+    replay.forget()
     try:
         yield
     finally:
         known[search.key] = before
+        replay.forget()
 
 
 def _products(device: str) -> dict[tuple[int, int], tuple[Any, Any]]:

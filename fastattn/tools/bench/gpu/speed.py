@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from fastattn.errors import UnsupportedError
+from fastattn.ops._dispatch import use_backend
 from fastattn.tools.bench import families, peers
 from fastattn.tools.bench.case import Case
 from fastattn.tools.bench.gpu.jobs import Context, Emit, Job, Record
-from fastattn.tools.bench.measuring import OURS, Line, Settings, checked, measure
+from fastattn.tools.bench.measuring import OURS, Line, Settings, measure
+from fastattn.tools.bench.peers import compiled
 from fastattn.tools.bench.peers.peer import Peer
 
 
@@ -42,9 +46,11 @@ def _time(job: Job, context: Context, emit: Emit) -> None:
                 torch.cuda.synchronize()  # raises where the GPU is lost to this process: the job has failed, too
             emit({**_named(case, job), "who": OURS, "note": f"failed: {type(problem).__name__}: {problem}"[:300]})
             continue
-        for line in lines:
+        for k, line in enumerate(lines):
             for record in flattened(line, case):
-                emit({**_named(case, job), **record})
+                # All of ours were timed in the same turns as the peers: once is enough of these.
+                if k == 0 or record["who"] == OURS:
+                    emit({**_named(case, job), **record})
 
 
 def _named(case: Case, job: Job) -> Record:
@@ -85,16 +91,23 @@ def figure(case: Case, median: float) -> dict[str, Any]:
 
 
 def _warm(job: Job, context: Context, emit: Emit) -> None:
-    """Runs each direction of a row once, and lets the peers that compile do so: all of it is then on the disk."""
-    dtype = getattr(torch, job.parameters["dtype"])
+    """Runs each direction of a row once, and lets the peers that compile do so: all of it is then on the disk.
+
+    Nothing is compared: float64 would take more memory than many of these jobs have together.
+    """
     slow = [peer for peer in _peers(job, context) if peer.slow_to_build]
     for case in _cases(job, context):
+        compiled.forget()
         for backend in context.backends:
-            _, call = checked(case, dtype, backend)
-            if call is not None:
-                call()
-        if case.workload is not None and slow:
-            peers.ready(case.workload, slow)
+            with suppress(UnsupportedError), use_backend(backend):
+                case.ours()
+        for peer in slow:
+            # What a peer cannot do, timing finds out and says.
+            with suppress(Exception):
+                assert case.workload is not None
+                call = peer.call(case.workload)
+                if call is not None:
+                    call()
 
 
 KINDS: dict[str, Callable[[Job, Context, Emit], None]] = {"time": _time, "warm": _warm}
