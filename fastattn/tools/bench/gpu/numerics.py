@@ -55,7 +55,7 @@ def large_cases(tiny: bool = False) -> Iterator[OpCase]:
         for feature in ("", "gqa", "mqa"):
             yield op_cases.attention_case("lengths", "none", feature, shape=Shape(2, 16, 1, 8191), head_dim=dim)
         yield op_cases.attention_case("causal", "none", "gqa", shape=Shape(2, 16, 5, 4099), head_dim=dim)
-    for rows, columns in ((1031, 1024), (257, 4099), (33, 32768), (33, 40001), (5, 262143)):
+    for rows, columns in ((1031, 1024), (257, 4099), (33, 32768), (33, 40001), (33, 262143)):
         yield from list(row_cases.softmax_cases(rows, columns))[:3]
         yield from list(row_cases.log_softmax_cases(rows, columns))[:1]
         yield from row_cases.layer_norm_cases(rows, columns)
