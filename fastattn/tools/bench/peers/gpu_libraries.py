@@ -170,7 +170,7 @@ class Quack(Library):
     """quack: softmax and rms norm, written in CuTe."""
 
     name = "quack"
-    package = "quack"
+    package = "quack.softmax"
     slow_to_build = True
 
     def softmax(self, work: SoftmaxWorkload) -> Call | None:
