@@ -53,6 +53,8 @@ def _small_grid():
         "softmax": {"rows": [[7, 33]]},
         "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
         "linear_cross_entropy": {"rows": [[5, 8, 33]]},
+        "rotary": {"rows": [[2, 4, 2, 7, 16]]},
+        "embedding": {"rows": [[2, 5, 9, 16]]},
         "module": {"rows": [[2, 5, 16, 2]]},
         "model": {
             "generate": [{"batch": 2, "source": 5, "new_tokens": 4}],
@@ -82,6 +84,8 @@ COUNTS = {
     "softmax": 4 * 2,
     "feed_forward": 2 * 2,
     "linear_cross_entropy": 2,
+    "rotary": 2,
+    "embedding": 2,
     "module": 3,
     "model": 3,
     "threads": 2,

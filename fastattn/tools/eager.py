@@ -150,8 +150,9 @@ def rotary_embedding(
     """
     dim = query.shape[-1] if rotary_dim is None else rotary_dim
     if cos is None or sin is None:
-        positions = torch.arange(offset, offset + query.shape[2]) if positions is None else positions
-        even = torch.arange(0, dim, 2, dtype=torch.float64)
+        device = query.device
+        positions = torch.arange(offset, offset + query.shape[2], device=device) if positions is None else positions
+        even = torch.arange(0, dim, 2, dtype=torch.float64, device=device)
         frequencies = 10000.0 ** (-even / dim) if inv_freq is None else inv_freq.double()
         angle = positions[..., None].double() * frequencies
         cos, sin = angle.cos() * scale, angle.sin() * scale

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastattn
 from fastattn.reference.philox import keep_mask
@@ -34,11 +35,13 @@ def rotary_embedding_cases() -> Iterator[OpCase]:
             return {"query": draw(2, 6, 37, 48), "key": draw(2, 2, 37, 48)}
 
         def ours(t: Tensors, backend: str | None, options: Mapping[str, Any] = options) -> Tensors:
-            query, key = fastattn.rotary_embedding(t["query"], t["key"], backend=backend, **options)
+            given = _on(options, t["query"].device)
+            query, key = fastattn.rotary_embedding(t["query"], t["key"], backend=backend, **given)
             return {"query": query, "key": key}
 
         def theirs(t: Tensors, options: Mapping[str, Any] = options) -> Tensors:
-            return dict(zip(("query", "key"), eager.rotary_embedding(t["query"], t["key"], **options), strict=True))
+            given = _on(options, t["query"].device)
+            return dict(zip(("query", "key"), eager.rotary_embedding(t["query"], t["key"], **given), strict=True))
 
         yield OpCase("rotary_embedding", "", variant, tensors, ours, theirs)
 
@@ -62,29 +65,39 @@ def embedding_cases() -> Iterator[OpCase]:
         def ours(t: Tensors, backend: str | None, options: Mapping[str, Any] = options) -> Tensors:
             seeded = torch.Generator().manual_seed(SEED) if "dropout_p" in options else None
             out = fastattn.embedding(
-                ids,
+                ids.to(t["weight"].device),
                 t["weight"],
                 position_table=t["position_table"],
                 scale=_MODEL_DIM**0.5,
                 generator=seeded,
                 backend=backend,
-                **options,
+                **_on(options, t["weight"].device),
             )
             return {"out": out}
 
         def theirs(t: Tensors, options: Mapping[str, Any] = options) -> Tensors:
-            keep = None
+            device, keep = t["weight"].device, None
             if "dropout_p" in options:
                 seeded = torch.Generator().manual_seed(SEED)
-                state = draw_dropout_state(_DROPOUT_P, seeded, torch.device("cpu"))
+                state = draw_dropout_state(_DROPOUT_P, seeded, device)
                 assert state is not None
                 keep = keep_mask(state, _DROPOUT_P, 1, ids.numel(), _MODEL_DIM).view(*ids.shape, -1)
             out = eager.embedding(
-                ids, t["weight"], position_table=t["position_table"], scale=_MODEL_DIM**0.5, keep=keep, **options
+                ids.to(device),
+                t["weight"],
+                position_table=t["position_table"],
+                scale=_MODEL_DIM**0.5,
+                keep=keep,
+                **_on(options, device),
             )
             return {"out": out}
 
         yield OpCase("embedding", "", variant, tensors, ours, theirs)
+
+
+def _on(options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Returns the options with their tensors brought to a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 FAMILIES: dict[str, Callable[[], Iterator[OpCase]]] = {

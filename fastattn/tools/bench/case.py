@@ -86,7 +86,7 @@ class Draw:
 def timed(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
-    dout: Tensor | None = None,
+    dout: Tensor | Sequence[Tensor] | None = None,
     *,
     backward: bool = False,
     alone: bool = False,

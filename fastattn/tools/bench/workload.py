@@ -215,6 +215,64 @@ class LossWorkload:
 
 
 @dataclass(frozen=True, eq=False)
+class RotaryWorkload:
+    """The rotary embedding of queries and keys at positions 0, 1, ..., with a base of 10000, halves for pairs.
+
+    Attributes:
+        query: [batch, num_heads_q, seq_len, head_dim].
+        key: [batch, num_heads_kv, seq_len, head_dim].
+        douts: gradients of the two results.
+        backward: whether gradients of ``tensors`` are wanted, or the results.
+    """
+
+    family: ClassVar[str] = "rotary"
+    query: Tensor
+    key: Tensor
+    douts: tuple[Tensor, Tensor]
+    backward: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.query, self.key]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingWorkload:
+    """Rows of an embedding plus those of their positions: ``sqrt(model_dim) * weight[ids] + table``.
+
+    Attributes:
+        ids: int64 [batch, seq_len].
+        weight: [vocabulary, model_dim].
+        table: [seq_len, model_dim].
+        dout: gradient of the result.
+        backward: whether gradients of ``tensors`` are wanted, or the result.
+    """
+
+    family: ClassVar[str] = "embedding"
+    ids: Tensor
+    weight: Tensor
+    table: Tensor
+    dout: Tensor
+    backward: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight, self.table]
+
+    @property
+    def scale(self) -> float:
+        return self.weight.shape[1] ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
 class ModuleWorkload:
     """Self-attention by an ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)``, weights wanted.
 
@@ -273,6 +331,8 @@ Workload = (
     | SoftmaxWorkload
     | FeedForwardWorkload
     | LossWorkload
+    | RotaryWorkload
+    | EmbeddingWorkload
     | ModuleWorkload
     | ModelWorkload
 )

@@ -136,7 +136,17 @@ def _attention_arguments(name: str, device: str, tiny: bool) -> tuple[list[Tenso
 RACED = ("d64-full", "d128-causal", "d128-gqa", "d256-causal", "bias-grad", "dropout", "decode")
 
 
-RACED_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "dropout", "feed_forward", "linear_cross_entropy")
+RACED_OPS = (
+    "softmax",
+    "log_softmax",
+    "layer_norm",
+    "rms_norm",
+    "dropout",
+    "feed_forward",
+    "linear_cross_entropy",
+    "rotary_embedding",
+    "embedding",
+)
 
 
 def _races(job: Job, context: Context, emit: Emit) -> None:
@@ -182,6 +192,8 @@ def _row_races(job: Job, context: Context, emit: Emit) -> None:
         "feed_forward": (partial(fastattn.feed_forward, activation="gelu"), [hidden, w_in, b_in, w_out, b_out]),
         "linear_cross_entropy": (lambda h, w: fastattn.linear_cross_entropy(h, w, target), [hidden, w_in]),
     }
+    calls["rotary_embedding"] = (fastattn.rotary_embedding, [draw(2, 4, rows, 16 if context.tiny else 64)])
+    calls["embedding"] = (lambda w: fastattn.embedding(target % 37, w), [w_in])
     function, tensors = calls[given["op"]]
 
     def once(leaves: Sequence[Tensor]) -> list[Tensor]:

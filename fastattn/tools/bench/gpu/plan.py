@@ -18,8 +18,19 @@ _QUICK_ROWS = {
     "softmax": ("65536x4096", "8192x32768", "1024x262144"),
     "feed_forward": ("8192x4096x16384xgelu",),
     "linear_cross_entropy": ("8192x4096x131072",),
+    "rotary": ("4x32x8x8192x128",),
+    "embedding": ("8x8192x131072x4096",),
 }
-_FAMILIES = ("attention", "decode", "softmax", "linear_cross_entropy", "feed_forward")
+# Of a family's first row.
+_IMPORTANCE = {
+    "attention": 0.0,
+    "decode": 1.0,
+    "linear_cross_entropy": 1.5,
+    "feed_forward": 1.8,
+    "softmax": 2.0,
+    "rotary": 2.6,
+    "embedding": 2.6,
+}
 _FORWARD, _BOTH, _BACKWARD = "forward", "forward + backward", "backward"
 _ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 _TINY_ROW: dict[str, Any] = {"batch": 1, "heads": [2, 1], "seq_len": [20, 20], "head_dim": 16, "causal": True}
@@ -29,6 +40,8 @@ _TINY: dict[str, list[tuple[str, Any]]] = {
     "softmax": [("3x70", [3, 70])],
     "linear_cross_entropy": [("5x16x40", [5, 16, 40])],
     "feed_forward": [("5x16x40xgelu", [5, 16, 40, "gelu"])],
+    "rotary": [("1x2x1x7x16", [1, 2, 1, 7, 16])],
+    "embedding": [("2x5x9x16", [2, 5, 9, 16])],
 }  # fmt: skip
 # Masks and biases that between them reach every branch; the others come later.
 _FIRST_MASKS, _FIRST_BIASES = ("none", "causal & lengths", "all of them"), ("", "dense bias", "relative bias")
@@ -87,7 +100,7 @@ def _rules(backend: str, *, quick: bool, tiny: bool) -> Iterator[Job]:
 def timings(*, quick: bool, tiny: bool, device: str) -> list[Job]:
     """Returns the jobs that time rows."""
     found = []
-    for family in _FAMILIES:
+    for family in _IMPORTANCE:
         rows = _TINY[family] if tiny else families.rows(family, _QUICK_ROWS[family] if quick else None, device)
         for at, (row, shape) in enumerate(rows):
             for job in _row(family, row, shape, at, quick=quick, tiny=tiny):
@@ -97,7 +110,7 @@ def timings(*, quick: bool, tiny: bool, device: str) -> list[Job]:
 
 def _row(family: str, row: str, shape: Any, at: int, *, quick: bool, tiny: bool) -> Iterator[Job]:
     """Yields a row's jobs: bfloat16 beside everybody, and attention in float16 beside what needs no compiling."""
-    base = {"attention": 0.0, "decode": 1.0, "softmax": 2.0, "linear_cross_entropy": 1.5, "feed_forward": 1.8}[family]
+    base = _IMPORTANCE[family]
     given: dict[str, Any] = {"family": family, "row": row, "shape": shape, "dtype": "bfloat16"}
     given |= {"directions": [_FORWARD, _BOTH, _BACKWARD], "compiled": not (quick or tiny)}
     if tiny:

@@ -18,13 +18,16 @@ from fastattn.tools import eager
 from fastattn.tools.bench import model, module
 from fastattn.tools.bench.case import relative
 from fastattn.tools.bench.linear_cross_entropy import loss_reference
+from fastattn.tools.bench.positions import embedding_reference, rotary_reference
 from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
+    EmbeddingWorkload,
     FeedForwardWorkload,
     LossWorkload,
     ModelWorkload,
     ModuleWorkload,
+    RotaryWorkload,
     SoftmaxWorkload,
     Workload,
 )
@@ -218,6 +221,16 @@ def _loss(work: LossWorkload) -> Callable[[Any], float]:
     return lambda answer: _compared(_tensors(answer), wanted)
 
 
+def _rotary(work: RotaryWorkload) -> Callable[[Any], float]:
+    wanted = rotary_reference(work)
+    return lambda answer: _compared(_tensors(answer), wanted)
+
+
+def _embedding(work: EmbeddingWorkload) -> Callable[[Any], float]:
+    wanted = embedding_reference(work)
+    return lambda answer: _compared(_tensors(answer), wanted)
+
+
 def _answers(function: Callable[..., Tensor], wide: list[Tensor], dout: Tensor, backward: bool) -> list[Tensor]:
     if not backward:
         return [function(*wide)]
@@ -275,6 +288,8 @@ _JUDGES: dict[str, Callable[[Any], Callable[[Any], float]]] = {
     "softmax": _softmax,
     "feed_forward": _feed_forward,
     "linear_cross_entropy": _loss,
+    "rotary": _rotary,
+    "embedding": _embedding,
     "module": _module,
     "model": _model,
 }

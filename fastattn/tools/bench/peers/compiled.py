@@ -20,12 +20,15 @@ from fastattn.tools import eager
 from fastattn.tools.bench import module
 from fastattn.tools.bench.case import timed
 from fastattn.tools.bench.peers.peer import Call, Peer
+from fastattn.tools.bench.positions import rotary_tables, rotated
 from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
+    EmbeddingWorkload,
     FeedForwardWorkload,
     LossWorkload,
     ModuleWorkload,
+    RotaryWorkload,
     SoftmaxWorkload,
 )
 
@@ -124,6 +127,22 @@ class TorchCompile(Peer):
             return F.cross_entropy(F.linear(hidden, weight), target)
 
         return timed(compile(plain), work.tensors, backward=work.backward)
+
+    def rotary(self, work: RotaryWorkload) -> Call | None:
+        tables = rotary_tables(work, work.dtype)
+
+        def plain(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            return rotated(query, *tables), rotated(key, *tables)
+
+        return timed(compile(plain), work.tensors, work.douts, backward=work.backward)
+
+    def embedding(self, work: EmbeddingWorkload) -> Call | None:
+        ids, scale = work.ids, work.scale
+
+        def plain(weight: Tensor, table: Tensor) -> Tensor:
+            return F.embedding(ids, weight) * scale + table
+
+        return timed(compile(plain), work.tensors, work.dout, backward=work.backward)
 
     def module(self, work: ModuleWorkload) -> Call | None:
         stock = module.stock(work, work.dtype).train(work.training)

@@ -8,10 +8,12 @@ from typing import Any
 from fastattn.tools.bench.workload import (
     AttentionWorkload,
     DecodeWorkload,
+    EmbeddingWorkload,
     FeedForwardWorkload,
     LossWorkload,
     ModelWorkload,
     ModuleWorkload,
+    RotaryWorkload,
     SoftmaxWorkload,
     Workload,
 )
@@ -54,6 +56,12 @@ class Peer:
         return None
 
     def linear_cross_entropy(self, work: LossWorkload) -> Call | None:
+        return None
+
+    def rotary(self, work: RotaryWorkload) -> Call | None:
+        return None
+
+    def embedding(self, work: EmbeddingWorkload) -> Call | None:
         return None
 
     def module(self, work: ModuleWorkload) -> Call | None:
