@@ -22,16 +22,17 @@ from torch import Tensor
 
 from fastattn.kernels.activation import activate, slope
 from fastattn.kernels.dropout import dropout_argument, dropout_fwd
-from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, start
+from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
 from fastattn.kernels.product import (
     GROUP,
     Epilogue,
     ProductTile,
     add_bias,
     add_product,
+    box,
     configuration_tiles,
     drop,
-    load,
+    fetch,
     place,
     product,
     product_tiles,
@@ -53,19 +54,19 @@ HIDDEN_BYTES = 1 << 26
 
 @triton.jit
 def _before(
-    x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, x_box, weight, weight_box, bias, weight_gate, gate_box, bias_gate, first_row, first_column, tokens, ff_dim,
+    model_dim, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile of what is activated and of the gate, [ROWS, COLUMNS] each; without a gate both are the former."""
     dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
     before = tl.zeros([ROWS, COLUMNS], dtype)
     gate = tl.zeros([ROWS, COLUMNS], dtype)
     for begin in range(0, model_dim, DEPTH):
-        left = load(x, first_row, begin, tokens, model_dim, ROWS, DEPTH)
-        right = load(weight, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+        left = fetch(x, x_box, False, first_row, begin, tokens, model_dim, ROWS, DEPTH)
+        right = fetch(weight, weight_box, True, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
         before = tl.dot(left, right, before, input_precision=PRECISION, out_dtype=before.dtype)
         if weight_gate.data is not None:
-            right = load(weight_gate, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
+            right = fetch(weight_gate, gate_box, True, begin, first_column, model_dim, ff_dim, DEPTH, COLUMNS)
             gate = tl.dot(left, right, gate, input_precision=PRECISION, out_dtype=gate.dtype)
     before = add_bias(before, bias, first_column, ff_dim, COLUMNS)
     return before, add_bias(gate, bias_gate, first_column, ff_dim, COLUMNS)
@@ -74,9 +75,12 @@ def _before(
 @triton.jit
 def feed_forward_hidden(
     x,
+    x_box,
     weight,
+    weight_box,
     bias,
     weight_gate,
+    gate_box,
     bias_gate,
     hidden,
     dropout,
@@ -98,16 +102,17 @@ def feed_forward_hidden(
 
     Args:
         x: Matrix [tokens, model_dim].
+        x_box: its descriptor, or None; ``weight_box`` and ``gate_box`` are of the transposes.
         weight: Matrix [model_dim, ff_dim]; likewise ``weight_gate``, or one without data.
         bias: [ff_dim], or None; likewise ``bias_gate``.
         hidden: Matrix [tokens, ff_dim].
         dropout: Dropout, whose rows are counted from ``first_token``.
         rescale: of what survives it.
     """
-    first_row, first_column = place(tokens, ff_dim, ROWS, COLUMNS, GROUP)
+    first_row, first_column = place(tl.program_id(0), tokens, ff_dim, ROWS, COLUMNS, GROUP)
     before, gate = _before(
-        x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim, PRECISION, ROWS,
-        COLUMNS, DEPTH,
+        x, x_box, weight, weight_box, bias, weight_gate, gate_box, bias_gate, first_row, first_column, tokens, ff_dim,
+        model_dim, PRECISION, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     result = activate(before, ACTIVATION)
     if weight_gate.data is not None:
@@ -128,12 +133,17 @@ def _store_sums(sums, values, first_row, first_column, tokens, columns, ROWS: tl
 @triton.jit
 def feed_forward_gradients(
     x,
+    x_box,
     weight,
+    weight_box,
     bias,
     weight_gate,
+    gate_box,
     bias_gate,
     dout,
+    dout_box,
     weight_out,
+    weight_out_box,
     hidden,
     dbefore,
     dgate,
@@ -165,14 +175,14 @@ def feed_forward_gradients(
 
     The others are those of :func:`feed_forward_hidden`.
     """
-    first_row, first_column = place(tokens, ff_dim, ROWS, COLUMNS, GROUP)
+    first_row, first_column = place(tl.program_id(0), tokens, ff_dim, ROWS, COLUMNS, GROUP)
     before, gate = _before(
-        x, weight, bias, weight_gate, bias_gate, first_row, first_column, tokens, ff_dim, model_dim, PRECISION, ROWS,
-        COLUMNS, DEPTH,
+        x, x_box, weight, weight_box, bias, weight_gate, gate_box, bias_gate, first_row, first_column, tokens, ff_dim,
+        model_dim, PRECISION, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     grad = add_product(
-        tl.zeros([ROWS, COLUMNS], before.dtype), dout, weight_out, first_row, first_column, tokens, ff_dim, out_dim,
-        PRECISION, ROWS, COLUMNS, DEPTH,
+        tl.zeros([ROWS, COLUMNS], before.dtype), dout, dout_box, weight_out, weight_out_box, first_row, first_column,
+        tokens, ff_dim, 0, out_dim, False, False, PRECISION, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     grad = drop(grad, dropout, rescale, first_token + first_row, first_column, ROWS, COLUMNS)
     result = activate(before, ACTIVATION)
@@ -290,16 +300,19 @@ def _hidden_gradients(
     def begin(tile: ProductTile) -> None:
         shape = cdiv(len(x), tile.rows), call.ff_dim
         sums[:] = [x.new_empty(shape, dtype=lse_dtype(x.dtype)) if want else None for want in wanted]
-        start(_gradients_launch(tile, call, x, dout, first_token, hidden, dbefore, dgate, *sums))
+        start(_gradients_launch(tile, call, x, dout, first_token, hidden, dbefore, dgate, sums[0], sums[1]))
 
     launch("feed_forward_backward", product_tiles(x.device, x.dtype, len(x), 3), begin)
     return hidden, dbefore, dgate, sums[0], sums[1]
 
 
-def _hidden_launch(tile: ProductTile, call: FeedForwardCall, x: Tensor, first_token: int, hidden: Tensor) -> Launch:
+def _hidden_launch(
+    tile: ProductTile, call: FeedForwardCall, x: Tensor, first_token: int, hidden: Tensor, known: int | None = None
+) -> Launch:
     dropout = dropout_argument(call.dropout_state, call.dropout_p)
     arguments = (
-        *_inputs(call, x), strided(hidden), dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
+        *_inputs(tile, call, x, known), strided(hidden), dropout, dropout.rescale, first_token, len(x), call.ff_dim,
+        x.shape[1],
     )  # fmt: skip
     return feed_forward_hidden, _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
 
@@ -315,20 +328,27 @@ def _gradients_launch(
     dgate: Tensor | None,
     bias_sums: Tensor | None,
     bias_gate_sums: Tensor | None,
+    known: int | None = None,
 ) -> Launch:
+    chip = architecture(x.device) if known is None else known
+    dout_box = box(dout, tile.rows, tile.depth, tile, chip)
+    weight_out_box = box(call.weight_out, tile.depth, tile.columns, tile, chip)
     dropout = dropout_argument(call.dropout_state, call.dropout_p)
     arguments = (
-        *_inputs(call, x), strided(dout), strided(call.weight_out), strided(hidden), strided(dbefore), strided(dgate),
-        bias_sums, bias_gate_sums, dropout, dropout.rescale, first_token, len(x), call.ff_dim, x.shape[1],
-        dout.shape[1],
+        *_inputs(tile, call, x, known), strided(dout), dout_box, strided(call.weight_out), weight_out_box,
+        strided(hidden), strided(dbefore), strided(dgate), bias_sums, bias_gate_sums, dropout, dropout.rescale,
+        first_token, len(x), call.ff_dim, x.shape[1], dout.shape[1],
     )  # fmt: skip
     return feed_forward_gradients, _grid(len(x), call.ff_dim, tile), arguments, _options(call, tile)
 
 
-def _inputs(call: FeedForwardCall, x: Tensor) -> tuple[Any, ...]:
+def _inputs(tile: ProductTile, call: FeedForwardCall, x: Tensor, known: int | None) -> tuple[Any, ...]:
+    chip = architecture(x.device) if known is None else known
     gate = None if call.weight_gate is None else call.weight_gate.t()
     bias, bias_gate = (None if b is None else b.contiguous() for b in (call.bias_in, call.bias_gate))
-    return strided(x), strided(call.weight_in.t()), bias, strided(gate), bias_gate
+    x_box = box(x, tile.rows, tile.depth, tile, chip)
+    weight_box, gate_box = (box(w, tile.columns, tile.depth, tile, chip) for w in (call.weight_in, call.weight_gate))
+    return strided(x), x_box, strided(call.weight_in.t()), weight_box, bias, strided(gate), gate_box, bias_gate
 
 
 def _grid(rows: int, columns: int, tile: ProductTile) -> tuple[int]:
@@ -366,11 +386,21 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         )
         name = f"{dtype} {call.activation}".replace("torch.", "") + (" gated" if gated else " dropout")
         for tile in configuration_tiles(architecture, dtype, 2):
-            kernel, _, arguments, options = _hidden_launch(tile, call, x, 0, hidden)
+            kernel, _, arguments, options = _hidden_launch(tile, call, x, 0, hidden, architecture)
             yield Configuration(f"feed-forward hidden {name}", kernel, arguments, options)
         for tile in configuration_tiles(architecture, dtype, 3):
             sums = x.new_empty(cdiv(4096, tile.rows), 4096, dtype=lse_dtype(dtype))
             kernel, _, arguments, options = _gradients_launch(
-                tile, call, x, x, 0, hidden, hidden, hidden if gated else None, sums, sums if gated else None
+                tile,
+                call,
+                x,
+                x,
+                0,
+                hidden,
+                hidden,
+                hidden if gated else None,
+                sums,
+                sums if gated else None,
+                architecture,
             )
             yield Configuration(f"feed-forward gradients {name}", kernel, arguments, options)

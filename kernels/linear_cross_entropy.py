@@ -2,7 +2,8 @@
 
 Forward, a program takes a tile of tokens over a share of the classes, with a running maximum and sum; the shares are
 joined in order.  Backward, the gradient of a block of logits is computed from lse and multiplied twice; the gradient of
-the weights is written once, that of the tokens added up over blocks in the accumulator's dtype.
+the weights is written once, that of the tokens added up over blocks in the accumulator's dtype.  Where the gradient of
+the loss need not be known (``linear_cross_entropy_one_pass.py``), the logits are not computed twice.
 
 Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, section 4.
 """
@@ -10,13 +11,14 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.launch import Configuration, Launch, cdiv, launch, precision, run, start
+from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, run, start
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
@@ -24,6 +26,7 @@ from fastattn.kernels.product import (
     ProductTile,
     add_bias,
     add_product,
+    box,
     configuration_tiles,
     place,
     product,
@@ -45,15 +48,16 @@ _FEW_PROGRAMS = 264
 
 
 @triton.jit
-def _logits(
-    hidden, weight, bias, first_row, first_class, tokens, classes, depth, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def tile_of_logits(
+    hidden, hidden_box, weight, weight_box, bias, first_row, first_class, tokens, classes, depth,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile of logits [ROWS, COLUMNS], -inf beyond the last class."""
     zero = tl.zeros([ROWS, COLUMNS], accumulator(hidden.data.dtype.element_ty))
     found = add_product(
-        zero, hidden, weight, first_row, first_class, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
-    )
+        zero, hidden, hidden_box, weight, weight_box, first_row, first_class, tokens, classes, 0, depth, False, True,
+        PRECISION, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     found = add_bias(found, bias, first_class, classes, COLUMNS)
     column = first_class + tl.arange(0, COLUMNS)
     return tl.where((column < classes)[None, :], found, float("-inf"))
@@ -62,7 +66,9 @@ def _logits(
 @triton.jit
 def cross_entropy_shares(
     hidden,
+    hidden_box,
     weight,
+    weight_box,
     bias,
     target,
     tops,
@@ -84,6 +90,7 @@ def cross_entropy_shares(
 
     Args:
         hidden: Matrix [tokens, depth].
+        hidden_box: its descriptor, or None; ``weight_box`` is of the transpose.
         weight: Matrix [depth, classes].
         bias: [classes], or None.
         target: int64 [tokens].
@@ -102,9 +109,10 @@ def cross_entropy_shares(
     plain = tl.zeros([ROWS], dtype)
     found = tl.zeros([ROWS], dtype)
     for first_class in range(begin, end, COLUMNS):
-        logits = _logits(
-            hidden, weight, bias, first_row, first_class, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
-        )
+        logits = tile_of_logits(
+            hidden, hidden_box, weight, weight_box, bias, first_row, first_class, tokens, classes, depth, PRECISION,
+            ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
         column = first_class + tl.arange(0, COLUMNS)
         now = tl.maximum(top, tl.max(logits, axis=1))
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -136,8 +144,9 @@ def cross_entropy_join(
     ignore_index,
     smoothing: tl.float64,
     ROWS: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
-    """Writes the loss and the lse of ROWS tokens, 0 where they are ignored.
+    """Writes the loss and the lse of ROWS tokens, 0 where they are ignored, from SHARES shares at a time.
 
     Grid: tiles of tokens.  Arguments: :func:`cross_entropy_shares`'s.
     """
@@ -148,17 +157,19 @@ def cross_entropy_join(
     total = tl.zeros([ROWS], dtype)
     plain = tl.zeros([ROWS], dtype)
     own = tl.zeros([ROWS], dtype)
-    for share in range(shares):
-        at = row + tl.full([1], share, tl.int64) * tokens
-        share_top = tl.load(tops + at, mask=inside, other=0.0)
-        now = tl.maximum(top, share_top)
+    for first in range(0, shares, SHARES):
+        share = first + tl.arange(0, SHARES)
+        here = (share < shares)[:, None] & inside[None, :]
+        at = share.to(tl.int64)[:, None] * tokens + row[None, :]
+        share_tops = tl.load(tops + at, mask=here, other=float("-inf"))
+        now = tl.maximum(top, tl.max(share_tops, axis=0))
         shift = tl.where(now == float("-inf"), 0.0, now)
-        share_total = tl.load(totals + at, mask=inside, other=1.0)
-        total = total * tl.exp(top - shift) + share_total * tl.exp(share_top - shift)
+        share_totals = tl.load(totals + at, mask=here, other=0.0) * tl.exp(share_tops - shift[None, :])
+        total = total * tl.exp(top - shift) + tl.sum(share_totals, axis=0)
         top = now
-        own += tl.load(picked + at, mask=inside, other=0.0)
+        own += tl.sum(tl.load(picked + at, mask=here, other=0.0), axis=0)
         if sums is not None:
-            plain += tl.load(sums + at, mask=inside, other=0.0)
+            plain += tl.sum(tl.load(sums + at, mask=here, other=0.0), axis=0)
     whole = tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
     found = whole - own
     if sums is not None:
@@ -172,7 +183,9 @@ def cross_entropy_join(
 @triton.jit
 def cross_entropy_gradients(
     hidden,
+    hidden_box,
     weight,
+    weight_box,
     bias,
     target,
     lse,
@@ -205,10 +218,11 @@ def cross_entropy_gradients(
 
     The others are those of :func:`cross_entropy_shares`.
     """
-    first_row, first_column = place(tokens, classes, ROWS, COLUMNS, GROUP)
-    logits = _logits(
-        hidden, weight, bias, first_row, first_column, tokens, classes, depth, PRECISION, ROWS, COLUMNS, DEPTH
-    )
+    first_row, first_column = place(tl.program_id(0), tokens, classes, ROWS, COLUMNS, GROUP)
+    logits = tile_of_logits(
+        hidden, hidden_box, weight, weight_box, bias, first_row, first_column, tokens, classes, depth, PRECISION, ROWS,
+        COLUMNS, DEPTH,
+    )  # fmt: skip
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
     own = tl.load(target + row, mask=row < tokens, other=ignore_index)
@@ -241,7 +255,7 @@ def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tens
             start(_shares_launch(tile, call, hidden, target, statistics))
 
         launch("linear_cross_entropy", product_tiles(hidden.device, hidden.dtype, tokens, 2), begin)
-        run(_join_launch(call, target, statistics, each, lse))
+        run(join_launch(call, target, statistics, each, lse))
     if call.reduction == "none":
         return each, lse
     total = sum_rows(each.view(-1, 1), each.dtype)[0] if tokens else each.sum()
@@ -296,6 +310,12 @@ def class_blocks(call: LinearCrossEntropyCall) -> Iterator[slice]:
     return (slice(start, min(start + step, call.vocab_size)) for start in range(0, call.vocab_size, step))
 
 
+def operands(tile: ProductTile, hidden: Tensor, weight: Tensor, known: int) -> tuple[Any, ...]:
+    """Returns what :func:`tile_of_logits` multiplies: hidden states, the transpose of ``weight``, and descriptors."""
+    hidden_box = box(hidden, tile.rows, tile.depth, tile, known)
+    return strided(hidden), hidden_box, strided(weight.t()), box(weight, tile.columns, tile.depth, tile, known)
+
+
 def _shares(tile: ProductTile, tokens: int, classes: int) -> tuple[int, int]:
     """Returns the classes of a share, in whole tiles, and how many shares there are."""
     shares = max(1, _FEW_PROGRAMS // cdiv(tokens, tile.rows))
@@ -309,18 +329,20 @@ def _shares_launch(
     hidden: Tensor,
     target: Tensor,
     statistics: Sequence[Tensor | None],
+    known: int | None = None,
 ) -> Launch:
     tokens, classes = len(hidden), call.vocab_size
+    known = architecture(hidden.device) if known is None else known
     share, shares = _shares(tile, tokens, classes)
     bias = None if call.bias is None else call.bias.contiguous()
     arguments = (
-        strided(hidden), strided(call.weight.t()), bias, target, *statistics, tokens, classes, hidden.shape[1], share,
+        *operands(tile, hidden, call.weight, known), bias, target, *statistics, tokens, classes, hidden.shape[1], share,
     )  # fmt: skip
     grid = cdiv(tokens, tile.rows), shares
     return cross_entropy_shares, grid, arguments, {"PRECISION": precision(), **tile.options}
 
 
-def _join_launch(
+def join_launch(
     call: LinearCrossEntropyCall, target: Tensor, statistics: Sequence[Tensor | None], loss: Tensor, lse: Tensor
 ) -> Launch:
     tokens, tops = len(target), statistics[0]
@@ -328,7 +350,7 @@ def _join_launch(
     arguments = (
         target, *statistics, loss, lse, tokens, call.vocab_size, len(tops), call.ignore_index, call.label_smoothing,
     )  # fmt: skip
-    return cross_entropy_join, (cdiv(tokens, 128),), arguments, {"ROWS": 128, "num_warps": 4}
+    return cross_entropy_join, (cdiv(tokens, 16),), arguments, {"ROWS": 16, "SHARES": 32, "num_warps": 4}
 
 
 def _dlogits(
@@ -364,11 +386,13 @@ def _gradients_launch(
     classes: slice,
     dlogits: Tensor,
     bias_sums: Tensor | None,
+    known: int | None = None,
 ) -> Launch:
     tokens, count = dlogits.shape
+    known = architecture(hidden.device) if known is None else known
     bias = None if call.bias is None else call.bias[classes].contiguous()
     arguments = (
-        strided(hidden), strided(call.weight[classes].t()), bias, target, lse, scale, strided(dlogits), bias_sums,
+        *operands(tile, hidden, call.weight[classes], known), bias, target, lse, scale, strided(dlogits), bias_sums,
         tokens, classes.start, count, hidden.shape[1], call.ignore_index, call.label_smoothing,
         call.label_smoothing / call.vocab_size,
     )  # fmt: skip
@@ -389,13 +413,13 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         name = f"{dtype}".removeprefix("torch.")
         for tile in configuration_tiles(architecture, dtype, 2):
             statistics = [lse.new_empty(4, 4096)] * 4
-            kernel, _, arguments, options = _shares_launch(tile, call, hidden, target, statistics)
+            kernel, _, arguments, options = _shares_launch(tile, call, hidden, target, statistics, architecture)
             yield Configuration(f"cross entropy forward {name}", kernel, arguments, options)
         for tile in configuration_tiles(architecture, dtype, 1):
             sums = lse.new_empty(cdiv(4096, tile.rows), 8192)
             kernel, _, arguments, options = _gradients_launch(
-                tile, call, hidden, target, lse, lse, slice(0, 8192), dlogits, sums
+                tile, call, hidden, target, lse, lse, slice(0, 8192), dlogits, sums, architecture
             )
             yield Configuration(f"cross entropy gradients {name}", kernel, arguments, options)
-        kernel, _, arguments, options = _join_launch(call, target, statistics, lse, lse)
+        kernel, _, arguments, options = join_launch(call, target, statistics, lse, lse)
         yield Configuration(f"cross entropy join {name}", kernel, arguments, options)

@@ -86,6 +86,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "_LOGITS_BLOCK", 1 << 10)
     if TRITON:
         monkeypatch.setattr("fastattn.kernels.linear_cross_entropy.LOGITS_BYTES", 1)
+        monkeypatch.setattr("fastattn.kernels.linear_cross_entropy_one_pass.LOGITS_BYTES", 1)
+        monkeypatch.setattr("fastattn.kernels.linear_cross_entropy_one_pass.LEAST_TOKENS", 32)
 
 
 @every_backend

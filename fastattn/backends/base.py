@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 _ANYWHERE = nullcontext()
 
@@ -28,6 +30,16 @@ class Backend:
     def on_device_of(self, call: NamedTuple) -> AbstractContextManager[object]:
         """Returns a context in which the device of ``call`` is the current one, for backends that launch there."""
         return _ANYWHERE
+
+    def has_one_pass_loss(self, dtype: torch.dtype) -> bool:
+        """Returns whether ``linear_cross_entropy_one_pass`` is faster than forward and backward one after the other,
+        and as exact, in ``dtype``."""
+        return False
+
+    def scale(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiplies tensors by ``factor`` [], which is as wide as their accumulator, where they stand."""
+        for tensor in tensors:
+            tensor.copy_(tensor * factor if tensor.dtype == factor.dtype else tensor.to(factor.dtype) * factor)
 
     def refuses(self, op: str, call: NamedTuple) -> list[str]:
         """Returns every reason against serving ``call``; an empty list means it is supported."""

@@ -176,6 +176,12 @@ class CpuBackend(Backend):
     def linear_cross_entropy(self, call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
         return blocked.linear_cross_entropy(call, product_dtype(cpu_flags(), call.hidden.dtype))
 
+    def linear_cross_entropy_one_pass(
+        self, call: LinearCrossEntropyCall, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        loss, lse = self.linear_cross_entropy(call)
+        return [loss, lse, *self.linear_cross_entropy_backward(call, lse, torch.ones_like(loss), needed)]
+
     def linear_cross_entropy_backward(
         self, call: LinearCrossEntropyCall, lse: Tensor, dloss: Tensor, needed: Sequence[bool]
     ) -> list[Tensor | None]:

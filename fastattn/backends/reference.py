@@ -90,6 +90,12 @@ class ReferenceBackend(Backend):
     def linear_cross_entropy(self, call: linear_cross_entropy_spec.LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_formula.linear_cross_entropy(call)
 
+    def linear_cross_entropy_one_pass(
+        self, call: linear_cross_entropy_spec.LinearCrossEntropyCall, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        loss, lse = self.linear_cross_entropy(call)
+        return [loss, lse, *self.linear_cross_entropy_backward(call, lse, torch.ones_like(loss), needed)]
+
     def linear_cross_entropy_backward(
         self,
         call: linear_cross_entropy_spec.LinearCrossEntropyCall,

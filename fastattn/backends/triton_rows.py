@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastattn.spec.dropout import DropoutCall
@@ -83,6 +84,22 @@ class RowOps:
         from fastattn.kernels.linear_cross_entropy import linear_cross_entropy_fwd
 
         return linear_cross_entropy_fwd(call)
+
+    def linear_cross_entropy_one_pass(
+        self, call: LinearCrossEntropyCall, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        from fastattn.kernels.linear_cross_entropy_one_pass import linear_cross_entropy_one_pass
+
+        return linear_cross_entropy_one_pass(call, needed)
+
+    def has_one_pass_loss(self, dtype: torch.dtype) -> bool:
+        # In float16 a gradient that is not multiplied by the loss' scale yet would underflow.
+        return dtype != torch.float16
+
+    def scale(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        from fastattn.kernels.linear_cross_entropy_one_pass import scale
+
+        scale(tensors, factor)
 
     def linear_cross_entropy_backward(
         self, call: LinearCrossEntropyCall, lse: Tensor, dloss: Tensor, needed: Sequence[bool]

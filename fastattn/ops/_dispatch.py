@@ -143,6 +143,11 @@ def choose(op: str, call: Any, failed: Mapping[str, list[str]] | None = None) ->
     return backend
 
 
+def first(op: str, call: Any) -> Backend:
+    """Returns the backend that :func:`serve` would ask first, and tells no observer."""
+    return _choose(op, call, {})
+
+
 def _choose(op: str, call: Any, failed: Mapping[str, list[str]]) -> Backend:
     if call.backend:
         backend = _backends.BY_NAME[call.backend]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def linear_cross_entropy(
 
     ``loss[t] = lse[t] - (1 - s) * logits[t, target[t]] - s * mean_c(logits[t, c])`` with ``lse = logsumexp(logits)``
     and s = ``label_smoothing``.  The logits exist only a block at a time, forward and backward.
+    On GPUs a reduced loss that needs gradients computes them in the forward, without computing the logits twice.
 
     Args:
         hidden: [..., model_dim]; float32, bfloat16, float16 or float64; any strides.
@@ -119,10 +121,52 @@ def _backward_fake(*args: Any) -> list[Tensor]:
     ]
 
 
+def goes_in_one_pass(call: LinearCrossEntropyCall) -> bool:
+    """Whether the forward also computes the gradients, which the backward then multiplies by the loss' own.
+
+    Not for losses of single tokens, whose gradients are not known then; nor in float16, where a gradient that is not
+    multiplied by the loss' scale yet would underflow.
+    """
+    return (
+        call.reduction != "none"
+        and call.num_tokens > 0
+        and _dispatch.first("linear_cross_entropy", call).has_one_pass_loss(call.hidden.dtype)
+    )
+
+
+def _one_pass_kernel(*args: Any) -> list[Tensor | None]:
+    call, needed = LinearCrossEntropyCall(*args[:_NUM_FIELDS]), args[-1]
+    check_targets(call)
+    return _dispatch.serve(
+        "linear_cross_entropy", call, lambda backend: backend.linear_cross_entropy_one_pass(call, needed)
+    )
+
+
+def _one_pass_fake(*args: Any) -> list[Tensor]:
+    call = LinearCrossEntropyCall(*args[:_NUM_FIELDS])
+    return [*empty_output(call), *_backward_fake(*args)]
+
+
+def _scaled(call: LinearCrossEntropyCall, grads: Sequence[Tensor | None], factor: Tensor) -> Sequence[Tensor | None]:
+    """Returns gradients times ``factor`` [], where they stand unless a compiler must see it."""
+    present = [g for g in grads if g is not None]
+    if torch.compiler.is_compiling() or not all(type(t) is Tensor for t in (*present, factor)):
+        return [None if g is None else (g.to(factor.dtype) * factor).to(g.dtype) for g in grads]
+    backend = _dispatch.first("linear_cross_entropy", call)
+    with backend.on_device_of(call):
+        backend.scale(present, factor)
+    return grads
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, lse = _linear_cross_entropy(*args)
+        ctx.grads = None
+        if goes_in_one_pass(LinearCrossEntropyCall(*args)):
+            needed = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE_AT]
+            loss, lse, *ctx.grads = _linear_cross_entropy_one_pass(*args, needed)
+        else:
+            loss, lse = _linear_cross_entropy(*args)
         ctx.save_for_backward(*args[:_NUM_TENSORS], lse)
         ctx.numbers = args[_NUM_TENSORS:]
         ctx.mark_non_differentiable(lse)
@@ -133,10 +177,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *tensors, lse = ctx.saved_tensors
         call = LinearCrossEntropyCall(*tensors, *ctx.numbers)
         needed = [ctx.needs_input_grad[k] for k in _DIFFERENTIABLE_AT]
+        found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             found = gradients(
                 lambda c: formula.linear_cross_entropy(c)[:1], call, DIFFERENTIABLE, needed, [dloss], create_graph=True
             )
+        elif ctx.grads is not None:
+            # They are the caller's from here on, who may come again if he kept the graph.
+            found, ctx.grads = _scaled(call, ctx.grads, dloss), None
+        elif goes_in_one_pass(call):
+            found = _scaled(call, _linear_cross_entropy_one_pass(*call, needed)[2:], dloss)
         else:
             found = _linear_cross_entropy_backward(*call, lse, dloss, needed)
         grads: list[Tensor | None] = [None] * _NUM_FIELDS
@@ -152,6 +202,12 @@ _linear_cross_entropy = define(
     fake=_fake,
     function=_LinearCrossEntropy,
     autocast=True,
+)
+_linear_cross_entropy_one_pass = define(
+    "linear_cross_entropy_one_pass",
+    f"({_CALL_SCHEMA}, bool[] needed) -> Tensor[]",
+    kernel=_one_pass_kernel,
+    fake=_one_pass_fake,
 )
 _linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward",

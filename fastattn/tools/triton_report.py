@@ -37,6 +37,7 @@ MODULES = (
     "linear_cross_entropy",
     "rotary_embedding",
     "embedding",
+    "linear_cross_entropy_one_pass",
 )
 REPORT = Path("docs/triton-report.md")
 _HEAD = """# What the compiler made of the Triton kernels
