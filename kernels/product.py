@@ -510,7 +510,7 @@ def product_launch(
         "ADD": epilogue.add,
         "LAST": epilogue.last,
         "CUT": count > 1,
-        "HALVED": tile.columns >= _HALVED_COLUMNS and epilogue._replace(bias=None) != PLAIN,
+        "HALVED": tile.columns >= _HALVED_COLUMNS and (count > 1 or epilogue._replace(bias=None) != PLAIN),
         "PERSISTENT": tile.persistent and count == 1,
         "PRECISION": precision(),
         "GROUP": GROUP,

@@ -15,7 +15,7 @@ from fastattn.tools import triton_report
 REPORT = Path(__file__).parent.parent / triton_report.REPORT
 # Bytes that a thread spills, where it does: on sm_80, and on sm_100, where 128 x 256 logits
 # come out of tensor memory at once, in the epilogue.
-SPILLED = {"norm backward bfloat16 [8192, 1024]": 8, "cross entropy gradients bfloat16": 128}
+SPILLED = {"norm backward bfloat16 [8192, 1024]": 8, "cross entropy gradients bfloat16": 120}
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="needs Triton")
 reported = pytest.mark.skipif(not REPORT.exists(), reason="there is no report yet")
@@ -34,7 +34,8 @@ def test_products_run_on_the_matrix_units_of_each_architecture():
     code = (
         "from fastattn.tools.triton_report import *\n"
         "for sm in ARCHITECTURES:\n"
-        "    line = compiled(sm, [c for c, _ in configurations(sm, ['product'])][2])\n"
+        "    found = [c for c, _ in configurations(sm, ['product']) if c.name == 'linear forward bfloat16']\n"
+        "    line = compiled(sm, found[1])\n"
         "    print(line.kernel, line.registers > 64, line.spilled, line.warpgroup > 0, line.warp > 0)"
     )
     found = compiler("-c", code).splitlines()
