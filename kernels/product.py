@@ -278,7 +278,7 @@ def _finish(
         store(out, first_row, first_column, rows, columns, high, ROWS, COLUMNS)
         store(low, first_row, first_column, rows, columns, rest, ROWS, COLUMNS)
     elif CUT:
-        part = tl.program_id(1) * rows
+        part = tl.program_id(1).to(tl.int64) * rows
         store(out, part + first_row, first_column, part + rows, columns, total, ROWS, COLUMNS)
     else:
         store(out, first_row, first_column, rows, columns, total, ROWS, COLUMNS)
