@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.kernels import masking, tiles
 from fastattn.kernels.arguments import broadcast, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.scores import empty_statistics, load_statistics, score_gradients
+from fastattn.kernels.scores import Statistics, empty_statistics, load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, load_rows, store_tile
 from fastattn.spec.attention import AttentionCall, empty_output
 
@@ -29,28 +29,14 @@ def _tile(
     head_kv = head // problem.group_size
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
-    statistics = load_statistics((shift + row, factor + row, delta + row), row_begin, problem.seq_len_q, SIZE)
+    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
+    loaded = load_statistics(statistics, row_begin, problem.seq_len_q, SIZE, False, True)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
     do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, SIZE, DIM)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, SIZE, DIM_V)
     _, _, ds, _ = score_gradients(
-        problem,
-        q,
-        k,
-        v,
-        do,
-        *statistics,
-        batch,
-        head,
-        row_begin,
-        column_begin,
-        limit,
-        PRECISION,
-        True,
-        False,
-        SIZE,
-        SIZE,
+        problem, q, k, v, do, loaded, batch, head, row_begin, column_begin, limit, PRECISION, True, False, SIZE, SIZE
     )
     return ds
 
@@ -173,7 +159,7 @@ def _relative_bias_bwd_kernel(
     tl.store(to, total.to(drelative.dtype.element_ty), mask=(at >= 0) & (at < diagonals))
 
 
-def _common(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor]) -> tuple[Any, ...]:
+def _common(call: AttentionCall, dout: Tensor, statistics: Statistics) -> tuple[Any, ...]:
     return (view(call.query), view(call.key), view(call.value), view(dout), *statistics)
 
 
@@ -186,7 +172,7 @@ def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
     return {"PRECISION": precision(), "SIZE": tile.rows, **dims, **tile.options}
 
 
-def bias_gradient(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor], dbias: Tensor) -> None:
+def bias_gradient(call: AttentionCall, dout: Tensor, statistics: Statistics, dbias: Tensor) -> None:
     """Writes the gradient of a bias of [batch or 1, num_heads_q or 1, seq_len_q, seq_len_k].
 
     Args:
@@ -206,7 +192,7 @@ def bias_gradient(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor
     launch("attention_backward, bias", tiles.choose(tiles.SQUARE, call, architecture(dbias.device)), start)
 
 
-def relative_bias_gradient(call: AttentionCall, dout: Tensor, statistics: Sequence[Tensor], to: Tensor) -> None:
+def relative_bias_gradient(call: AttentionCall, dout: Tensor, statistics: Statistics, to: Tensor) -> None:
     """Writes the gradient of a ``relative_bias`` [num_heads_q or 1, diagonals]; see :func:`bias_gradient`."""
     heads = to.shape[0]
     _, _, seq_len_q, seq_len_k = call.shape

@@ -10,52 +10,62 @@ from fastattn.kernels import philox
 from fastattn.kernels.tile import accumulator, finish_scores
 from fastattn.spec.attention import AttentionCall, lse_dtype
 
+Statistics = tuple[Tensor, Tensor | None, Tensor]
 
-def empty_statistics(call: AttentionCall, lse: Tensor) -> list[Tensor]:
-    """Returns room for shift, factor and delta of every query, like ``lse`` [batch, num_heads_q, seq_len_q]."""
-    return [lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3)]
+
+def empty_statistics(call: AttentionCall, lse: Tensor) -> Statistics:
+    """Returns room for shift, factor and delta of every query, like ``lse`` [batch, num_heads_q, seq_len_q].
+
+    In half precision there is no factor: float32 holds an lse a thousand times as exactly as anything else is held.
+    """
+    shift, factor, delta = (lse.new_empty(lse.shape, dtype=lse_dtype(call.query.dtype)) for _ in range(3))
+    return shift, factor if call.query.element_size() > 2 else None, delta
 
 
 @triton.jit
-def load_statistics(statistics, begin, seq_len_q, ROWS: tl.constexpr):
-    """Returns shift, factor and delta of queries [begin, begin + ROWS); given are pointers to those of query 0."""
+def load_statistics(statistics, begin, limit, ROWS: tl.constexpr, TURNED: tl.constexpr, CHECKED: tl.constexpr):
+    """Returns shift, factor and delta of queries [begin, begin + ROWS), [1, ROWS] where TURNED, otherwise [ROWS, 1].
+
+    Args:
+        statistics: pointers to those of query 0, the second perhaps None.
+        limit: where CHECKED, queries from it on have none.
+    """
     shift, factor, delta = statistics
     rows = begin + tl.arange(0, ROWS)
-    inside = rows < seq_len_q
-    return (
-        tl.load(shift + rows, mask=inside, other=0.0),
-        tl.load(factor + rows, mask=inside, other=0.0),
-        tl.load(delta + rows, mask=inside, other=0.0),
-    )
+    rows = rows[None, :] if TURNED else rows[:, None]
+    inside = rows < limit if CHECKED else None
+    share = 1.0
+    if factor is not None:
+        share = tl.load(factor + rows, mask=inside)
+    return tl.load(shift + rows, mask=inside), share, tl.load(delta + rows, mask=inside)
 
 
 @triton.jit
 def score_gradients(
-    problem, q, k, v, do, shift, factor, delta, batch, head, row_begin, column_begin, limit,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    problem, q, k, v, do, statistics, batch, head, row_begin, column_begin, limit, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Returns of a tile [ROWS, KEYS], or [KEYS, ROWS] where TURNED, its probabilities, the same as dropout leaves them,
     the gradients of its scores and those before the softcap.
 
     Args:
         q: queries [ROWS, DIM]; likewise ``k``, ``v`` and ``do``.
-        shift: a probability is ``exp2(score - shift) * factor``; [ROWS], likewise ``factor``.
-        delta: what is subtracted from the gradients of probabilities; [ROWS].
+        statistics: what :func:`load_statistics` returned: ``(shift, factor, delta)``. A probability is
+            ``exp2(score - shift) * factor``; delta is subtracted from the gradients of probabilities.
         limit: what ``masking.key_end`` returned.
         MASKED: whether anything may be invisible.
         TURNED: whether keys are the rows of the result, so that it multiplies queries from the left as it is.
     """
+    shift, factor, delta = statistics
     rows = row_begin + tl.arange(0, ROWS)
     columns = column_begin + tl.arange(0, KEYS)
     dtype: tl.constexpr = accumulator(q.dtype)
     if TURNED:
         rows, columns = rows[None, :], columns[:, None]
-        shift, factor, delta = shift[None, :], factor[None, :], delta[None, :]
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dtype)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dtype)
     else:
         rows, columns = rows[:, None], columns[None, :]
-        shift, factor, delta = shift[:, None], factor[:, None], delta[:, None]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dtype)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dtype)
     s, slope = finish_scores(problem, product, batch, head, rows, columns, limit, MASKED)

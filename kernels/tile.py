@@ -9,6 +9,8 @@ from fastattn.kernels import masking
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Rows that share a flag: those of the smallest tile.
+FLAGGED = tl.constexpr(16)
 
 
 @triton.constexpr_function
@@ -131,6 +133,28 @@ def finish_scores(problem, product, batch, head, rows, columns, limit, MASKED: t
 def all_finite(values):
     """Returns whether no element of a tile is NaN or infinite."""
     return tl.max((values - values != 0).to(tl.int32)) == 0
+
+
+@triton.jit
+def set_flags(flags, plane, begin, length, values, ROWS: tl.constexpr):
+    """Says of rows [begin, begin + ROWS) whether any of their ``values`` is NaN or infinite.
+
+    Args:
+        flags: int32 [planes, ceil(length / FLAGGED)].
+        begin: multiple of ROWS.
+    """
+    at = begin // FLAGGED + tl.arange(0, ROWS // FLAGGED)
+    each = tl.cdiv(length, FLAGGED)
+    bad = 1 - all_finite(values).to(tl.int32)
+    tl.store(flags + plane.to(tl.int64) * each + at, bad, mask=at < each)
+
+
+@triton.jit
+def is_flagged(flags, plane, begin, length, ROWS: tl.constexpr):
+    """Returns whether :func:`set_flags` said so of any row of [begin, begin + ROWS)."""
+    at = begin // FLAGGED + tl.arange(0, ROWS // FLAGGED)
+    each = tl.cdiv(length, FLAGGED)
+    return tl.max(tl.load(flags + plane.to(tl.int64) * each + at, mask=at < each, other=0)) != 0
 
 
 @triton.jit

@@ -1,0 +1,140 @@
+"""Attention's backward once more, where a gradient was not finite and a mask hides something.
+
+Perhaps what is hidden was NaN or infinite, and a product touched it; in here only what may be seen is touched.
+
+It is a kernel of its own, that nearly always looks at a flag and ends, because as a branch of the others it would take
+registers from their loops.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels import masking
+from fastattn.kernels.scores import load_statistics, score_gradients
+from fastattn.kernels.tile import accumulator, add_seen, is_flagged, load_rows, store_rows
+
+
+@triton.jit
+def _keys(
+    query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head, to_batch,
+    to_head, column_begin, PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of a tile of keys and values."""
+    dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    k = load_rows(key, batch, head // problem.group_size, column_begin, limit, head_dim, SIZE, DIM)
+    v = load_rows(value, batch, head // problem.group_size, column_begin, limit, head_dim_v, SIZE, DIM_V)
+    dk, dv = tl.zeros([SIZE, DIM], dtype), tl.zeros([SIZE, DIM_V], dtype)
+    columns = (column_begin + tl.arange(0, SIZE))[:, None]
+    begin, end = masking.query_range(problem.mask, column_begin, column_begin + SIZE, limit, problem.seq_len_q)
+    for start in range(begin // SIZE * SIZE, end, SIZE):
+        start = tl.multiple_of(start, SIZE)
+        q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, SIZE, DIM)
+        do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
+        _, p, _, dx = score_gradients(
+            problem, q, k, v, do, load_statistics(statistics, start, problem.seq_len_q, SIZE, True, True), batch, head,
+            start, column_begin, limit, PRECISION, True, True, SIZE, SIZE,
+        )  # fmt: skip
+        rows = (start + tl.arange(0, SIZE))[None, :]
+        seen = masking.visible(problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k)
+        dv = add_seen(dv, p, do, seen)
+        dk = add_seen(dk, dx, q, seen)
+    if dkey.data is not None:
+        store_rows(dkey, to_batch, to_head, column_begin, problem.seq_len_k, head_dim, dk * scale, SIZE, DIM)
+    if dvalue.data is not None:
+        store_rows(dvalue, to_batch, to_head, column_begin, problem.seq_len_k, head_dim_v, dv, SIZE, DIM_V)
+
+
+@triton.jit
+def _queries(
+    query, key, value, dout, statistics, dquery, problem, scale, head_dim, head_dim_v, batch, head, row_begin,
+    PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of a block of queries."""
+    dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
+    do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
+    loaded = load_statistics(statistics, row_begin, problem.seq_len_q, SIZE, False, True)
+    dq = tl.zeros([SIZE, DIM], dtype)
+    rows = (row_begin + tl.arange(0, SIZE))[:, None]
+    begin, end = masking.key_range(problem.mask, row_begin, tl.minimum(row_begin + SIZE, problem.seq_len_q), limit)
+    for start in range(begin // SIZE * SIZE, end, SIZE):
+        start = tl.multiple_of(start, SIZE)
+        k = load_rows(key, batch, head // problem.group_size, start, limit, head_dim, SIZE, DIM)
+        v = load_rows(value, batch, head // problem.group_size, start, limit, head_dim_v, SIZE, DIM_V)
+        _, _, _, dx = score_gradients(
+            problem, q, k, v, do, loaded, batch, head, row_begin, start, limit, PRECISION, True, False, SIZE, SIZE
+        )
+        columns = (start + tl.arange(0, SIZE))[None, :]
+        seen = masking.visible(problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k)
+        dq = add_seen(dq, dx, k, seen)
+    store_rows(dquery, batch, head, row_begin, problem.seq_len_q, head_dim, dq * scale, SIZE, DIM)
+
+
+@triton.jit(do_not_specialize=["first_plane", "num_planes", "base_plane"])
+def attention_bwd_repair_kernel(
+    query,
+    key,
+    value,
+    dout,
+    shift,
+    factor,
+    delta,
+    dquery,
+    dkey,
+    dvalue,
+    key_flags,
+    query_flags,
+    problem,
+    scale,
+    head_dim,
+    head_dim_v,
+    first_plane,
+    num_planes,
+    base_plane,
+    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
+    """Writes again what a flag says is not finite.
+
+    Grid: tiles of SIZE keys times num_planes, and after them blocks of SIZE queries times num_planes.
+
+    Args:
+        dquery: View of [batch, num_heads_q, seq_len_q, head_dim], or one without data.
+        key_flags: int32 [batch * num_heads_q, ceil(seq_len_k / FLAGGED)]; likewise ``query_flags``.
+        first_plane: batch entry times num_heads_q plus head of the first of num_planes.
+
+    The others are those of ``attention_bwd_keys_kernel``.
+    """
+    tiles_k = tl.cdiv(problem.seq_len_k, SIZE)
+    program = tl.program_id(0) - tiles_k * num_planes
+    if program < 0:
+        plane = first_plane + tl.program_id(0) // tiles_k
+        column_begin = tl.program_id(0) % tiles_k * SIZE
+        if is_flagged(key_flags, plane, column_begin, problem.seq_len_k, SIZE):
+            batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+            row = plane.to(tl.int64) * problem.seq_len_q
+            statistics = (shift + row, factor if factor is None else factor + row, delta + row)
+            to_batch = tl.where(base_plane < 0, batch, 0)
+            to_head = tl.where(base_plane < 0, head, plane - base_plane)
+            _keys(
+                query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head,
+                to_batch, to_head, column_begin, PRECISION, SIZE, DIM, DIM_V,
+            )  # fmt: skip
+    elif dquery.data is not None:
+        blocks = tl.cdiv(problem.seq_len_q, SIZE)
+        plane = first_plane + program // blocks
+        row_begin = program % blocks * SIZE
+        if is_flagged(query_flags, plane, row_begin, problem.seq_len_q, SIZE):
+            batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+            row = plane.to(tl.int64) * problem.seq_len_q
+            statistics = (shift + row, factor if factor is None else factor + row, delta + row)
+            _queries(
+                query, key, value, dout, statistics, dquery, problem, scale, head_dim, head_dim_v, batch, head,
+                row_begin, PRECISION, SIZE, DIM, DIM_V,
+            )  # fmt: skip
