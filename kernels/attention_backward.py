@@ -168,7 +168,7 @@ def attention_bwd(
         launch(
             "attention_backward, keys",
             tiles.choose(tiles.BACKWARD_KEYS, call, device),
-            lambda tile: Sums(call, dout, statistics, sums, tile).run(),
+            lambda tile: Sums(call, dout, statistics, sums, tile, device).run(),
         )
         if of_keys is not None and dbias is not None:
             dbias.copy_(of_keys[:, :, None].to(torch.float64).sum_to_size(dbias.shape))
@@ -200,7 +200,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         kernel, _, arguments, options = _row_launch(call, out, lse, out, lse, empty_statistics(call, lse), tile)
         yield Configuration(f"attention backward, rows {name}", kernel, arguments, options)
     for name, call, tile in tiles.calls(tiles.BACKWARD_KEYS, architecture):
-        sums = _sums(call, tile)
+        sums = _sums(call, tile, architecture)
         share = next(sums.plan.shares(0, sums.planes))
         kernel, _, arguments, options = sums.keys_launch(share, 0)
         yield Configuration(f"attention backward, keys {name}", kernel, arguments, options)
@@ -208,14 +208,14 @@ def configurations(architecture: int) -> Iterator[Configuration]:
             kernel, _, arguments, options = sums.repair_launch(0, sums.planes)
             yield Configuration(f"attention backward, repair {name}", kernel, arguments, options)
     for name, call, tile in tiles.calls(tiles.BACKWARD_QUERIES, architecture):
-        sums = _sums(call, tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0])
+        sums = _sums(call, tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0], architecture)
         share = next(sums.plan.shares(0, sums.planes))
         kernel, _, arguments, options = sums.queries_launch(share, (0, 1), False, tile)
         yield Configuration(f"attention backward, queries {name}", kernel, arguments, options)
 
 
-def _sums(call: AttentionCall, tile: Tile) -> Sums:
+def _sums(call: AttentionCall, tile: Tile, architecture: int) -> Sums:
     """Returns the sums of an example of a call."""
     out, lse = empty_output(call)
     statistics = empty_statistics(call, lse)
-    return Sums(call, out, statistics, Grads(call.query, call.key, call.value, call.bias, None), tile)
+    return Sums(call, out, statistics, Grads(call.query, call.key, call.value, call.bias, None), tile, architecture)

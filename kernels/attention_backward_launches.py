@@ -11,7 +11,8 @@ from fastattn.kernels import slabs, tiles
 from fastattn.kernels.arguments import View, broadcast, number, problem, view
 from fastattn.kernels.attention_backward_repair import attention_bwd_repair_kernel
 from fastattn.kernels.attention_backward_sums import attention_bwd_keys_kernel, attention_bwd_queries_kernel
-from fastattn.kernels.launch import Launch, Tile, architecture, cdiv, launch, padded, precision, start
+from fastattn.kernels.boxes import box
+from fastattn.kernels.launch import Launch, Tile, cdiv, launch, padded, precision, start
 from fastattn.kernels.scores import Statistics
 from fastattn.kernels.slabs import Share, Slabs
 from fastattn.kernels.tile import FLAGGED
@@ -38,8 +39,11 @@ class Grads(NamedTuple):
 class Sums:
     """The launches for a call with one tile of keys."""
 
-    def __init__(self, call: AttentionCall, dout: Tensor, statistics: Statistics, grads: Grads, tile: Tile) -> None:
+    def __init__(
+        self, call: AttentionCall, dout: Tensor, statistics: Statistics, grads: Grads, tile: Tile, architecture: int
+    ) -> None:
         self.call, self.dout, self.statistics, self.grads, self.tile = call, dout, statistics, grads, tile
+        self.device = architecture
         self.problem = problem(call)
         mask = self.problem.mask
         batch, num_heads_q, seq_len_q, seq_len_k = call.shape
@@ -72,7 +76,7 @@ class Sums:
 
     def run(self) -> None:
         """Launches all of it."""
-        queries = tiles.choose(tiles.BACKWARD_QUERIES, self.call, architecture(self.call.query.device))
+        queries = tiles.choose(tiles.BACKWARD_QUERIES, self.call, self.device)
         for first in range(0, self.planes, self.planes_at_once):
             last = min(first + self.planes_at_once, self.planes)
             for share in self.plan.shares(first, last):
@@ -98,11 +102,17 @@ class Sums:
         outputs = (*self._of_keys(), self.grads.of_keys, broadcast(self.grads.bias), self.room, self.flags[0])
         (first, last), (other, end) = [*self.plan.tile_ranges(share, self.tiles), (0, 0)][:2]
         places = (share.first_plane, share.num_planes, self._base(base_plane), share.first_slab, share.num_slabs)
-        sizes = {"ROWS": self.tile.rows, "KEYS": self.tile.columns, **_dims(self.call)}
+        rows, keys, call = self.tile.rows, self.tile.columns, self.call
+        found = [
+            self._box(tensor, size, self.tile)
+            for tensor, size in ((call.query, rows), (call.key, keys), (call.value, keys), (self.dout, rows))
+        ]
+        found.append(slabs.box(self.room, keys, rows, self.device) if self.tile.boxes else None)
+        sizes = {"ROWS": rows, "KEYS": keys, **_dims(call)}
         return (
             attention_bwd_keys_kernel,
             (share.num_planes * (last - first + end - other),),
-            (*self._inputs(), *outputs, *self._numbers(), *places, first, last - first, other),
+            (*self._inputs(), *outputs, self.problem, *found, *self._numbers(), *places, first, last - first, other),
             {"PRECISION": precision(), "PAIRED": self.plan.paired, **sizes, **self.tile.options},
         )
 
@@ -111,11 +121,13 @@ class Sums:
         call = self.call
         tensors = (view(call.key), broadcast(self.grads.query), self.so_far, self.room, self.flags[1])
         places = (share.first_plane, share.first_slab, share.num_slabs, *part, int(again))
-        sizes = {"TILE": self.tile.columns, "ROWS": tile.rows, "KEYS": min(tile.columns, self.tile.columns)}
+        keys = min(tile.columns, self.tile.columns)
+        found = (self._box(call.key, keys, tile), slabs.box(self.room, keys, tile.rows, self.device))
+        sizes = {"TILE": self.tile.columns, "ROWS": tile.rows, "KEYS": keys}
         return (
             attention_bwd_queries_kernel,
             (share.num_planes * cdiv(call.shape.seq_len_q, tile.rows),),
-            (*tensors, *self._numbers()[:3], *places),
+            (*tensors, self.problem, *found, *self._numbers()[:2], *places),
             {
                 "PRECISION": precision(),
                 "PAIRED": self.plan.paired,
@@ -129,7 +141,7 @@ class Sums:
         """Returns the launch that repairs what is not finite in some planes."""
         call = self.call
         # The smallest, which fits every GPU.
-        tile = tiles.choose(tiles.SQUARE, call, architecture(call.query.device))[-1]
+        tile = tiles.choose(tiles.SQUARE, call, self.device)[-1]
         tiles_k, blocks = cdiv(call.shape.seq_len_k, tile.rows), cdiv(call.shape.seq_len_q, tile.rows)
         programs = num_planes * (tiles_k + (0 if self.grads.query is None else blocks))
         outputs = (broadcast(self.grads.query), *self._of_keys(), *self.flags)
@@ -137,7 +149,7 @@ class Sums:
         return (
             attention_bwd_repair_kernel,
             (programs,),
-            (*self._inputs(), *outputs, *self._numbers(), *places),
+            (*self._inputs(), *outputs, self.problem, *self._numbers(), *places),
             {"PRECISION": precision(), "SIZE": tile.rows, **_dims(call), **tile.options},
         )
 
@@ -154,7 +166,10 @@ class Sums:
 
     def _numbers(self) -> tuple[Any, ...]:
         call = self.call
-        return (self.problem, number(call.softmax_scale, call.query.dtype), call.query.shape[3], call.value.shape[3])
+        return (number(call.softmax_scale, call.query.dtype), call.query.shape[3], call.value.shape[3])
+
+    def _box(self, tensor: Tensor, rows: int, tile: Tile) -> Any:
+        return box(tensor, rows, self.device) if tile.boxes else None
 
     def _flags(self, length: int) -> Tensor:
         return self.statistics[0].new_empty((self.planes, cdiv(length, FLAGGED.value)), dtype=torch.int32)

@@ -12,17 +12,18 @@ from fastattn.kernels.tile import accumulator, block_and_plane, load_rows, set_f
 
 @triton.jit
 def _add_queries(
-    state, query, key_tile, value_tile, dout, statistics, dkey, dvalue, of_keys, dbias, to, width, problem, batch, head,
-    column_begin, begin, end, gap_begin, gap, limit, head_dim, head_dim_v, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    state, query, query_box, key_tile, value_tile, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room,
+    room_box, where, problem, batch, head, column_begin, begin, end, gap_begin, gap, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the queries in [begin, end) to ``state = (dk, dv, db)``, but for ``gap`` from ``gap_begin`` on,
     and leaves the gradients of their scores; all but ``end`` are multiples of ROWS."""
     dk, dv, db = state
     for at in range(begin, end - gap, ROWS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), ROWS)
-        q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM, MASKED)
-        do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V, MASKED)
+        q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM, MASKED, query_box)
+        do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V, MASKED, dout_box)
         _, p, ds, dx = score_gradients(
             problem, q, key_tile, value_tile, do,
             load_statistics(statistics, start, problem.seq_len_q, ROWS, True, MASKED), batch, head, start, column_begin,
@@ -33,9 +34,8 @@ def _add_queries(
         rounded = dx.to(q.dtype)
         if dkey.data is not None:
             dk = tl.dot(rounded, q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
-        if to is not None:
-            places = tl.arange(0, KEYS)[:, None] * width + tl.arange(0, ROWS)[None, :]
-            tl.store(to + start + places, rounded)
+        if room.data is not None:
+            slabs.store(room, room_box, where, start, rounded, KEYS, ROWS)
         if of_keys is not None:
             db += tl.sum(ds, axis=1)
         if dbias.data is not None:
@@ -64,6 +64,11 @@ def attention_bwd_keys_kernel(
     room,
     flags,
     problem,
+    query_box,
+    key_box,
+    value_box,
+    dout_box,
+    room_box,
     scale,
     head_dim,
     head_dim_v,
@@ -101,6 +106,7 @@ def attention_bwd_keys_kernel(
         room: Slabs of the share.
         flags: int32 [batch * num_heads_q, ceil(seq_len_k / FLAGGED)], for ``tile.set_flags``; or None.
         problem: Problem.
+        query_box: descriptor of ``query`` (``boxes.box``), or None; likewise the others.
         scale: softmax_scale.
         first_plane: what ``slabs.Share`` says, as ``num_planes``, ``first_slab`` and ``num_slabs``.
         first_tile: of the share's tiles; after ``num_tiles`` of them it goes on with ``other_tile``.
@@ -118,27 +124,25 @@ def attention_bwd_keys_kernel(
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     column_begin = tile * KEYS
-    to = None
-    if room.data is not None:
-        to = slabs.place(
-            room, problem.mask, plane, tile, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab,
-            num_slabs, PAIRED, KEYS,
-        )  # fmt: skip
-    k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM)
-    v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V)
+    where = slabs.place(
+        problem.mask, plane, tile, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab, num_slabs, PAIRED,
+        KEYS,
+    )  # fmt: skip
+    k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM, True, key_box)
+    v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V, True, value_box)
     begin, free_begin, free_end, end = masking.query_parts(
         problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS
     )
     state = (tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype), tl.zeros([KEYS], dtype))
     state = _add_queries(
-        state, query, k, v, dout, statistics, dkey, dvalue, of_keys, dbias, to, room.width, problem, batch, head,
-        column_begin, free_begin, free_end, free_end, 0, limit, head_dim, head_dim_v, PRECISION, False, ROWS, KEYS,
-        DIM, DIM_V,
+        state, query, query_box, k, v, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room, room_box, where,
+        problem, batch, head, column_begin, free_begin, free_end, free_end, 0, limit, head_dim, head_dim_v, PRECISION,
+        False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     state = _add_queries(
-        state, query, k, v, dout, statistics, dkey, dvalue, of_keys, dbias, to, room.width, problem, batch, head,
-        column_begin, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v, PRECISION, True,
-        ROWS, KEYS, DIM, DIM_V,
+        state, query, query_box, k, v, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room, room_box, where,
+        problem, batch, head, column_begin, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v,
+        PRECISION, True, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     dk, dv, db = state
     if of_keys is not None:
@@ -155,21 +159,20 @@ def attention_bwd_keys_kernel(
 
 @triton.jit
 def _add_keys(
-    dq, key, room, problem, batch, head, plane, row_begin, begin, end, gap_begin, gap, limit, head_dim, first_plane,
-    first_slab, num_slabs, PRECISION: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    dq, key, key_box, room, room_box, problem, batch, head, plane, row_begin, begin, end, gap_begin, gap, limit,
+    head_dim, first_plane, first_slab, num_slabs, PRECISION: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the keys in [begin, end) to dq, but for ``gap`` from ``gap_begin`` on; all but ``end`` are
     multiples of KEYS."""
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
-        k = load_rows(key, batch, head // problem.group_size, start, limit, head_dim, KEYS, DIM, MASKED)
-        first = slabs.place(
-            room, problem.mask, plane, start // TILE, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab,
+        k = load_rows(key, batch, head // problem.group_size, start, limit, head_dim, KEYS, DIM, MASKED, key_box)
+        where = slabs.place(
+            problem.mask, plane, start // TILE, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab,
             num_slabs, PAIRED, TILE,
         )  # fmt: skip
-        first += tl.multiple_of(start % TILE, KEYS) * room.width + row_begin
-        dx = tl.load(first + tl.arange(0, KEYS)[:, None] * room.width + tl.arange(0, ROWS)[None, :])
+        dx = slabs.load(room, room_box, where, start, row_begin, TILE, KEYS, ROWS)
         if MASKED:
             # Nobody has written what nobody sees.
             rows = (row_begin + tl.arange(0, ROWS))[None, :]
@@ -190,6 +193,8 @@ def attention_bwd_queries_kernel(
     room,
     flags,
     problem,
+    key_box,
+    room_box,
     scale,
     head_dim,
     first_plane,
@@ -217,6 +222,7 @@ def attention_bwd_queries_kernel(
         room: Slabs of the share.
         flags: int32 [batch * num_heads_q, ceil(seq_len_q / FLAGGED)], for ``tile.set_flags``; or None.
         problem: Problem.
+        key_box: descriptor of ``key`` (``boxes.box``), or None; likewise ``room_box``, of boxes [KEYS, ROWS].
         scale: softmax_scale.
         first_plane: what ``slabs.Share`` says, as ``first_slab`` and ``num_slabs``.
         first_tile: keys of the share, in tiles; likewise ``last_tile``, their end.
@@ -235,17 +241,20 @@ def attention_bwd_queries_kernel(
     end = tl.where(begin < end, tl.minimum(end, last_tile * TILE), begin)
     begin, free_begin = tl.maximum(begin, first_tile * TILE), tl.maximum(free_begin, first_tile * TILE)
     free_end = tl.maximum(tl.minimum(free_end, last_tile * TILE), free_begin)
+    # Keys of padding may be NaN, which a box would fetch.
+    PADDED: tl.constexpr = problem.mask.key_lengths is not None
     dq = tl.zeros([ROWS, DIM], dtype)
     if so_far.data is not None:
         if goes_on != 0:
             dq += load_rows(so_far, batch * 0, head * 0, row_begin, problem.seq_len_q, head_dim, ROWS, DIM)
     dq = _add_keys(
-        dq, key, room, problem, batch, head, plane, row_begin, free_begin, free_end, free_end, 0, limit, head_dim,
-        first_plane, first_slab, num_slabs, PRECISION, PAIRED, False, TILE, ROWS, KEYS, DIM,
+        dq, key, key_box, room, room_box, problem, batch, head, plane, row_begin, free_begin, free_end, free_end, 0,
+        limit, head_dim, first_plane, first_slab, num_slabs, PRECISION, PAIRED, False, TILE, ROWS, KEYS, DIM,
     )  # fmt: skip
     dq = _add_keys(
-        dq, key, room, problem, batch, head, plane, row_begin, begin, end, free_begin, free_end - free_begin, limit,
-        head_dim, first_plane, first_slab, num_slabs, PRECISION, PAIRED, True, TILE, ROWS, KEYS, DIM,
+        dq, key, None if PADDED else key_box, room, room_box, problem, batch, head, plane, row_begin, begin, end,
+        free_begin, free_end - free_begin, limit, head_dim, first_plane, first_slab, num_slabs, PRECISION, PAIRED, True,
+        TILE, ROWS, KEYS, DIM,
     )  # fmt: skip
     if so_far.data is not None:
         store_rows(so_far, batch * 0, head * 0, row_begin, problem.seq_len_q, head_dim, dq, ROWS, DIM)

@@ -31,14 +31,24 @@ def box(tensor: Tensor, rows: int, architecture: int) -> Any:
         rows: a power of two.
         architecture: compute capability times 10; the interpreter has descriptors whatever it is.
     """
+    columns = padded(tensor.shape[3])
+    return _box(tensor, [1, 1, rows, columns], architecture)
+
+
+def matrix_box(matrix: Tensor, rows: int, columns: int, architecture: int) -> Any:
+    """The same of a matrix whose boxes are [rows, columns]."""
+    return _box(matrix, [rows, columns], architecture)
+
+
+def _box(tensor: Tensor, sides: list[int], architecture: int) -> Any:
     if architecture < _HOPPER and not is_interpreting():
         return None
-    width, columns = tensor.element_size(), padded(tensor.shape[3])
+    width = tensor.element_size()
     # A dimension of size 1 may have any stride, and is never walked along.
-    strides = [s if n > 1 else columns for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    strides = [s if n > 1 else sides[-1] for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]
     if (
         width != 2
-        or max(rows, columns) > _LARGEST_SIDE
+        or max(sides) > _LARGEST_SIDE
         or tensor.data_ptr() % _ALIGNMENT
         or max(tensor.shape) >= _LARGEST_SIZE
         or min(tensor.shape) == 0
@@ -48,4 +58,4 @@ def box(tensor: Tensor, rows: int, architecture: int) -> Any:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], sides)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.kernels import boxes
 from fastattn.kernels.launch import cdiv
 
 # Slabs begin and end at multiples of it, as every block of queries does.
@@ -139,11 +140,11 @@ def _queries_of(mask, tile, seq_len_q, KEYS: tl.constexpr):
 
 @triton.jit
 def place(
-    slabs, mask, plane, tile, seq_len_q, seq_len_k, first_plane, first_slab, num_slabs, PAIRED: tl.constexpr,
+    mask, plane, tile, seq_len_q, seq_len_k, first_plane, first_slab, num_slabs, PAIRED: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Returns a pointer to where the gradient of a tile's first key and of query 0 would be in the slabs of a share;
-    a key further on it is ``slabs.width`` elements further, a query 1."""
+    """Returns where the gradients of a tile's scores are in the slabs of a share: ``(slab, ahead)``, such that query 0
+    would be in the slab's column ``ahead``."""
     begin, _ = _queries_of(mask, tile, seq_len_q, KEYS)
     slab, ahead = tile, 0
     if PAIRED:
@@ -151,8 +152,45 @@ def place(
         other_begin, other_end = _queries_of(mask, mirrored, seq_len_q, KEYS)
         slab = tl.minimum(tile, mirrored)
         ahead = tl.where(tile > mirrored, other_end - other_begin, 0)
-    index = ((plane - first_plane) * num_slabs + (slab - first_slab)).to(tl.int64)
-    return slabs.data + index * KEYS * slabs.width + (ahead - begin)
+    return (plane - first_plane) * num_slabs + (slab - first_slab), ahead - begin
+
+
+@triton.jit
+def store(slabs, box, where, row_begin, values, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Stores values [KEYS, ROWS] of queries from ``row_begin`` on.
+
+    Args:
+        box: descriptor of the slabs (:func:`box`), or None.
+        where: what :func:`place` returned.
+    """
+    slab, ahead = where
+    if box is not None:
+        box.store([slab * KEYS, ahead + row_begin], values)
+    else:
+        to = slabs.data + slab.to(tl.int64) * KEYS * slabs.width + (ahead + row_begin)
+        at = tl.arange(0, KEYS).to(tl.int64)[:, None] * slabs.width + tl.arange(0, ROWS)[None, :]
+        tl.store(to + at, values)
+
+
+@triton.jit
+def load(
+    slabs, box, where, column_begin, row_begin, TILE: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Returns the values [KEYS, ROWS] of keys from ``column_begin`` on, within a tile of TILE, and of queries from
+    ``row_begin`` on; see :func:`store`."""
+    slab, ahead = where
+    row, column = slab * TILE + column_begin % TILE, ahead + row_begin
+    if box is not None:
+        return box.load([row, column])
+    at = tl.arange(0, KEYS).to(tl.int64)[:, None] * slabs.width + tl.arange(0, ROWS)[None, :]
+    return tl.load(slabs.data + row.to(tl.int64) * slabs.width + column + at)
+
+
+def box(slabs: Slabs, keys: int, rows: int, architecture: int) -> Any:
+    """Returns a descriptor of slabs whose boxes are [keys, rows], or None; see ``boxes.box``."""
+    if slabs.data is None:
+        return None
+    return boxes.matrix_box(slabs.data.view(-1, slabs.width), keys, rows, architecture)
 
 
 def programs_at_once(device: torch.device) -> int:

@@ -40,7 +40,7 @@ MODULES = (
 )
 # Numbers of heads, shares or batch entries, whose products count programs; and how many keys or classes a share or a
 # cell has, whose products stay below the number of all.
-FEW = re.compile(r"num_heads\w*|group_size|\w*heads|splits|keys_a_split|share|pool_size|\w*batches")
+FEW = re.compile(r"num_heads\w*|group_size|\w*heads|splits|keys_a_split|share|num_slabs|pool_size|\w*batches")
 
 
 def everything(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, AttentionCall]]:
@@ -84,8 +84,9 @@ def ttir(configuration: Any) -> str:
     raise AssertionError(configuration.name)
 
 
-def argument_names(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[str]:
-    """Yields the names of a kernel's arguments as the compiler sees them: fields of tuples, and no constants."""
+def argument_names(names: Sequence[str], arguments: Sequence[Any], kept: Sequence[str] = ()) -> Iterator[str]:
+    """Yields the names of a kernel's arguments as the compiler sees them: fields of tuples, and no constants, which a 1
+    is but in those that are ``kept``."""
     from triton.language import constexpr
 
     for name, value in zip(names, arguments, strict=False):
@@ -95,7 +96,7 @@ def argument_names(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[s
             # A descriptor comes with its sizes and strides.
             yield from [name] * (1 + 2 * len(value.block_shape))
         elif isinstance(value, Tensor) or not (
-            value is None or isinstance(value, constexpr) or (type(value) is int and value == 1)
+            value is None or isinstance(value, constexpr) or (type(value) is int and value == 1 and name not in kept)
         ):
             yield name
 
@@ -103,9 +104,10 @@ def argument_names(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[s
 def narrow_products(configuration: Any) -> Iterator[str]:
     """Yields the 32-bit products of two numbers of which neither is a constant or counts few things."""
     text = ttir(configuration)
+    kernel = configuration.kernel
     (header,) = re.findall(r"tt\.func public @\w+\((.*?)\) attributes", text)
     given = re.findall(r"(%\w+): ", header)
-    names = list(argument_names(configuration.kernel.arg_names, configuration.arguments))
+    names = list(argument_names(kernel.arg_names, configuration.arguments, kernel.do_not_specialize))
     assert len(given) == len(names), (given, names)
     few = {at for at, name in zip(given, names, strict=True) if FEW.fullmatch(name)}
     few |= set(re.findall(r"(%\w+) = arith\.constant", text))
