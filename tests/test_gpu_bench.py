@@ -233,6 +233,26 @@ def test_targets():
     assert not reached.met
     (reached,) = targets.reached([line("fastattn", 1.0, **{**loss, "memory_bytes": 9e8}), peer], {})
     assert reached.met
+    (reached,) = targets.reached([line("fastattn", 1.0, **{**loss, "memory_bytes": 2e9, "gradient_bytes": 1.1e9})], {})
+    assert math.isclose(reached.memory, 9e8)
+    forward = {"op": "feed_forward", "row": "any", "direction": "forward"}
+    for memory, met in ((4, True), (6, False)):
+        both = [line("fastattn", 1.0, **{**forward, "memory_bytes": memory}), line("torch eager", 1.5, **forward)]
+        assert next(targets.reached(both, {})).met is met
+
+
+def test_what_was_dropped_is_done_if_there_is_time(tmp_path):
+    run = command.Run(tmp_path, Context(device="cpu", tiny=True), 40.0, 1)
+    run.stage("first", [Job("late", "numerics", "no such", least=1e6)], run.at(1.0), alone=True)
+    assert [r for r in run.records if r["section"] == "outcome"] == []
+    assert run._rest("numerics") == []
+    run._left["late"] = Job("late", "numerics", "no such")
+    assert [job.name for job in run._rest("numerics")] == ["late"]
+    run.finish()
+    run.close()
+    (outcome,) = (r for r in run.records if r["section"] == "outcome")
+    assert (outcome["job"], outcome["status"]) == ("late", "dropped")
+    assert "dropped for lack of time: 1 jobs" in (tmp_path / command.SUMMARY).read_text(encoding="utf-8")
 
 
 def test_a_summary_of_much_is_short_and_of_nothing_too():

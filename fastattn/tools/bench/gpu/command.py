@@ -51,6 +51,8 @@ class Run:
         self._results = (folder / RESULTS).open("w", encoding="utf-8")
         self._log = (folder / LOG).open("w", encoding="utf-8")
         self._common: Record = {}
+        # What was dropped, until there is time for it after all.
+        self._left: dict[str, Job] = {}
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -104,8 +106,12 @@ class Run:
         )
         if found.trace and found.status != "done":
             self.log(found.trace)
+        if found.status == "dropped":
+            self._left[found.job.name] = found.job
+            return
+        self._left.pop(found.job.name, None)
         if found.status != "done":
-            self.failed |= found.status != "dropped"
+            self.failed = True
             self.add("outcome", {"job": found.job.name, "status": found.status, "error": found.error})
 
     def write_summary(self) -> str:
@@ -155,6 +161,14 @@ class Run:
         if sampler.summary():
             self.add("run", {"clocks_during": sampler.summary()})
         self.stage("tile search", self._chosen(searched), self.at(1.0), alone=True)
+        self.stage("timing the rest", self._rest("speed", "time"), self.at(1.0), alone=True)
+        self.stage("checking the rest", self._rest("numerics"), self.at(1.0), alone=False)
+
+    def _rest(self, section: str, kind: str = "") -> list[Job]:
+        """Returns what was dropped of a section, if there is time for any of it."""
+        found = [job for job in self._left.values() if job.section == section and kind in ("", job.kind)]
+        # A process takes a while to start.
+        return found if self.at(1.0) - time.monotonic() > 10.0 + min((job.least for job in found), default=0.0) else []
 
     def _candidates(self) -> list[Job]:
         capability = summary.merged(self.records, "run").get("machine", {}).get("capability", "0.0")
@@ -197,6 +211,8 @@ class Run:
         if self.context.device != "cpu":
             last["clocks_after"] = environment.smi()
         self.add("run", last)
+        for name in self._left:
+            self.add("outcome", {"job": name, "status": "dropped", "error": "out of time"})
         tables = [r for r in self.records if r["section"] == "search" and "literal" in r]
         if tables:
             (self.folder / TILES).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from fastattn.errors import UnsupportedError
 from fastattn.ops._dispatch import use_backend
 from fastattn.tools.bench import families, peers
-from fastattn.tools.bench.case import Case
+from fastattn.tools.bench.case import Case, size
 from fastattn.tools.bench.gpu.jobs import Context, Emit, Job, Record
 from fastattn.tools.bench.measuring import OURS, Line, Settings, measure
 from fastattn.tools.bench.peers import compiled
@@ -59,7 +59,8 @@ def _named(case: Case, job: Job) -> Record:
 
 def flattened(line: Line, case: Case) -> Iterator[Record]:
     """Yields a record for each that was timed, and for each that was left out with the reason."""
-    backend = line["backend"]
+    backend, work = line["backend"], case.workload
+    gradients = size(getattr(work, "tensors", ())) if getattr(work, "backward", False) else 0.0
     times, memory, errors = (line.get(name, {}) for name in ("times_us", "memory_bytes", "peer_errors"))
     if OURS not in times:
         yield {"who": OURS, "backend": backend, "error": line["error"], "note": line.get("note", "not timed")}
@@ -76,6 +77,7 @@ def flattened(line: Line, case: Case) -> Iterator[Record]:
             **figure(case, timing["median"]),
             "error": line["error"] if ours else errors.get(name),
             "memory_bytes": memory.get(name),
+            "gradient_bytes": gradients,
             "flops": case.flops,
             "moved": case.moved,
         }

@@ -24,7 +24,8 @@ class Aim(NamedTuple):
         share: of the copy bandwidth; 0 for none.
         ratio: of the best peer's time to ours; 0 for none.
         peers: who that may be; all if empty.
-        bytes: memory that ours may take at most; 0 for any.
+        bytes: memory that ours may take at most, besides the gradients that it returns; 0 for any.
+        lean: whether it may take no more than the best peer.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Aim(NamedTuple):
     ratio: float = 0.0
     peers: tuple[str, ...] = ()
     bytes: float = 0.0
+    lean: bool = False
 
 
 AIMS = (
@@ -52,7 +54,7 @@ AIMS = (
         for way in (_FORWARD, _BOTH)
     ),
     Aim("linear + cross entropy", "linear_cross_entropy", ("8192x4096x131072",), _BOTH, 0, 0, 1.0, _EAGER, 1e9),
-    Aim("feed-forward forward", "feed_forward", (), _FORWARD, ratio=1.0),
+    Aim("feed-forward forward", "feed_forward", (), _FORWARD, ratio=1.0, lean=True),
 )  # fmt: skip
 
 
@@ -67,8 +69,8 @@ class Reached(NamedTuple):
         share: of the aim's rate or of the copy bandwidth's part; None where it has neither.
         ratio: of the best peer's time to ours; None without one.
         peer: the best one.
-        memory: bytes that ours took; None where unknown.
-        peer_memory: bytes that the best peer took.
+        memory: bytes that ours took besides gradients; None where unknown.
+        peer_memory: bytes that the best peer took, likewise.
     """
 
     aim: Aim
@@ -78,8 +80,8 @@ class Reached(NamedTuple):
     share: float | None
     ratio: float | None
     peer: str | None
-    memory: int | None
-    peer_memory: int | None
+    memory: float | None
+    peer_memory: float | None
 
     @property
     def met(self) -> bool:
@@ -87,6 +89,8 @@ class Reached(NamedTuple):
         enough = (self.share is None or self.share >= 1.0) and (
             not self.aim.bytes or (self.memory or 0) <= self.aim.bytes
         )
+        if self.aim.lean and None not in (self.memory, self.peer_memory):
+            enough = enough and self.memory <= self.peer_memory  # type: ignore[operator]
         return enough and (not self.aim.ratio or (self.ratio is not None and self.ratio >= self.aim.ratio))
 
 
@@ -138,9 +142,14 @@ def _reached(aim: Aim, row: str, group: Mapping[str, Record], limits: Mapping[st
         share,
         None if peer is None else group[peer]["median_us"] / ours["median_us"],
         peer,
-        ours.get("memory_bytes"),
-        None if peer is None else group[peer].get("memory_bytes"),
+        _memory(ours),
+        None if peer is None else _memory(group[peer]),
     )
+
+
+def _memory(record: Record) -> float | None:
+    taken = record.get("memory_bytes")
+    return None if taken is None else max(taken - record.get("gradient_bytes", 0.0), 0.0)
 
 
 def wanted(aim: Aim) -> str:
@@ -149,6 +158,7 @@ def wanted(aim: Aim) -> str:
         f"{aim.rate:g} TFLOP/s" if aim.rate else "",
         f"{aim.share:.0%} of copy" if aim.share else "",
         f"{aim.ratio:g} x best peer" if aim.ratio else "",
-        f"under {aim.bytes / 1e9:g} GB" if aim.bytes else "",
+        f"under {aim.bytes / 1e9:g} GB beside gradients" if aim.bytes else "",
+        "no more memory" if aim.lean else "",
     )
     return ", ".join(filter(None, parts))
