@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import fastattn
 from fastattn.backends import extension
 from fastattn.backends.extension import plain
 from fastattn.masks import Causal, Window
+from fastattn.reference.rotary_embedding import turns_of_base
 
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason="the C++ extension is not built")
 
@@ -120,16 +122,57 @@ def test_feed_forward_is_that_of_the_long_way(dtype, activation, gated, bias):
     )  # fmt: skip
 
 
+def _rotary(query, key=None, positions=None, cos=None, sin=None, offset=0, dim=8, interleaved=False, scale=1.0):
+    turns = turns_of_base(1e4, dim, torch.device("cpu")) if cos is None else None
+    return plain.rotary_embedding(query, key, turns, positions, cos, sin, offset, dim, interleaved, scale, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim", [8, 4])
+def test_rotary_embedding_is_that_of_the_long_way(dtype, interleaved, dim):
+    query, key = _random(2, 3, 5, 8, dtype=dtype), _random(2, 5, 1, 8, dtype=dtype).transpose(1, 2)
+    positions = torch.arange(5) * 3
+    for angles in (
+        {"offset": 4},
+        {"positions": positions},
+        {"positions": torch.stack((positions, positions + 1))},
+        {"cos": _random(5, dim // 2), "sin": _random(1, 5, dim // 2, dtype=torch.float64)},
+        *([] if interleaved else [{"cos": _random(2, 5, dim), "sin": _random(5, dim, dtype=torch.bfloat16)}]),
+    ):
+        options = {"interleaved": interleaved, "scale": 1.25, **angles}
+        expected = fastattn.rotary_embedding(query, key, rotary_dim=dim, backend="cpu", **options)
+        for got, want in zip(_rotary(query, key, dim=dim, **options), expected, strict=True):
+            _equal(got, want)
+        _equal(_rotary(query, dim=dim, **options), expected[0])
+        assert torch.equal(fastattn.rotary_embedding(query, rotary_dim=dim, **options), expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 1, 3)])
+def test_embedding_is_that_of_the_long_way(dtype, shape):
+    weight, ids = _random(7, 20, dtype=dtype), torch.arange(24)[: math.prod(shape)].view(shape) % 7
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for table in (None, _random(9, 20, dtype=dtype), _random(9, 20, dtype=wide)):
+        offset = 0 if table is None else 3
+        expected = fastattn.embedding(ids, weight, position_table=table, offset=offset, scale=1.5, backend="cpu")
+        _equal(plain.embedding(weight, ids, table, offset, 1.5), expected)
+        assert torch.equal(fastattn.embedding(ids, weight, position_table=table, offset=offset, scale=1.5), expected)
+
+
 def _calls(x=None):
     """Returns, by op, a plain call on ``x`` [2, 2, 4, 8] and constants like it."""
     x = torch.ones(2, 2, 4, 8) if x is None else x
     with torch.no_grad():
         weight, bias = torch.ones(8, 8, dtype=x.dtype), torch.zeros(8, dtype=x.dtype)
+    rows = x.flatten(0, 2) if x.layout == torch.strided else x
     return {
         "attention": lambda: _attention(x, x, x),
         "softmax": lambda: plain.softmax(x, -1, 1.0, False),
         "norm": lambda: plain.norm(x, bias, bias, None, 1e-5, False),
         "feed_forward": lambda: plain.feed_forward(x, weight, bias, None, None, weight, bias, "relu", 0.0),
+        "rotary_embedding": lambda: _rotary(x),
+        "embedding": lambda: plain.embedding(rows, torch.tensor([[3, 0], [1, 1]]), None, 0, 1.0),
     }
 
 
@@ -205,6 +248,8 @@ def test_an_unusual_tensor_is_not_plain(op, kind):
         calls["norm"] = lambda: plain.norm(x, None, None, None, 1e-5, False)
         weight = torch.ones(8, 8)
         calls["feed_forward"] = lambda: plain.feed_forward(x, weight, None, None, None, weight, None, "relu", 0.0)
+        calls["rotary_embedding"] = lambda: _rotary(x)
+        calls["embedding"] = lambda: plain.embedding(x, torch.zeros(2, dtype=torch.int64), None, 0, 1.0)
     else:
         calls = _calls(x)
     assert calls[op]() is None
@@ -270,6 +315,43 @@ NOT_PLAIN = {
     "feed_forward, dtypes": lambda: plain.feed_forward(
         X, W.half(), None, None, None, torch.ones(8, 16), None, "relu", 0.0
     ),
+}
+
+IDS = torch.tensor([[0, 2], [1, 1]])
+NOT_PLAIN |= {
+    "rotary, dimensions": lambda: _rotary(Q[0]),
+    "rotary, float64": lambda: _rotary(Q.double()),
+    "rotary, key's length": lambda: _rotary(Q, Q[:, :, :2]),
+    "rotary, key's dtype": lambda: _rotary(Q, Q.half()),
+    "rotary, strides": lambda: _rotary(torch.ones(2, 2, 8, 4).mT),
+    "rotary, expanded": lambda: _rotary(Q[:, :1].expand(-1, 2, -1, -1)),
+    "rotary, offset": lambda: _rotary(Q, offset=-1),
+    "rotary, offset's type": lambda: _rotary(Q, offset=1.0),
+    "rotary, dim": lambda: _rotary(Q, dim=10),
+    "rotary, odd dim": lambda: _rotary(Q, dim=3),
+    "rotary, scale": lambda: _rotary(Q, scale=float("nan")),
+    "rotary, turns": lambda: plain.rotary_embedding(Q, None, IDS[0], None, None, None, 0, 8, False, 1.0, False),
+    "rotary, positions' dtype": lambda: _rotary(Q, positions=torch.arange(4).int()),
+    "rotary, positions' length": lambda: _rotary(Q, positions=torch.arange(3)),
+    "rotary, positions' batch": lambda: _rotary(Q, positions=torch.zeros(3, 4, dtype=torch.int64)),
+    "rotary, positions' strides": lambda: _rotary(Q, positions=torch.arange(8)[::2]),
+    "rotary, table's width": lambda: _rotary(Q, cos=torch.ones(4, 3), sin=torch.ones(4, 3)),
+    "rotary, table's length": lambda: _rotary(Q, cos=torch.ones(3, 8), sin=torch.ones(3, 8)),
+    "rotary, table twice": lambda: _rotary(Q, cos=torch.ones(4, 8), sin=torch.ones(4, 8), interleaved=True),
+    "rotary, one table": lambda: _rotary(Q, cos=torch.ones(4, 8)),
+    "rotary, table's gradient": lambda: _rotary(Q, cos=torch.ones(4, 8, requires_grad=True), sin=torch.ones(4, 8)),
+    "embedding, ids' dtype": lambda: plain.embedding(W, IDS.int(), None, 0, 1.0),
+    "embedding, ids' strides": lambda: plain.embedding(W, IDS.t(), None, 0, 1.0),
+    "embedding, id": lambda: plain.embedding(W, IDS + 16, None, 0, 1.0),
+    "embedding, negative id": lambda: plain.embedding(W, IDS - 1, None, 0, 1.0),
+    "embedding, scalar id": lambda: plain.embedding(W, IDS[0, 0], None, 0, 1.0),
+    "embedding, weight": lambda: plain.embedding(Q, IDS, None, 0, 1.0),
+    "embedding, strides": lambda: plain.embedding(torch.ones(8, 16).T, IDS, None, 0, 1.0),
+    "embedding, table's width": lambda: plain.embedding(W, IDS, W[:, :4], 0, 1.0),
+    "embedding, table's length": lambda: plain.embedding(W, IDS, X, 2, 1.0),
+    "embedding, table's precision": lambda: plain.embedding(W, IDS, X.double(), 0, 1.0),
+    "embedding, offset": lambda: plain.embedding(W, IDS, X, -1, 1.0),
+    "embedding, scale": lambda: plain.embedding(W, IDS, None, 0, float("inf")),
 }
 
 

@@ -46,10 +46,22 @@ def _op(name, dtype=torch.float64):
     if name == "feed_forward":
         tensors = [_random(*shape, dtype=dtype) for shape in ((2, 3, 16), (40, 16), (40,), (16, 40), (16,))]
         return lambda *t, **kw: fastattn.feed_forward(*t, activation="gelu", **kw), tensors
+    if name == "rotary_embedding":
+        cos, sin = (_random(5, 3, dtype=dtype, seed=s).detach() for s in (1, 2))
+        tensors = [_random(2, 3, 5, 8, dtype=dtype)]
+        return lambda x, **kw: fastattn.rotary_embedding(x, rotary_dim=6, cos=cos, sin=sin, **kw), tensors
+    if name == "embedding":
+        ids = torch.tensor([[1, 4, 1], [0, 4, 4]])
+        tensors = [_random(6, 8, dtype=dtype), _random(7, 8, dtype=dtype, seed=1)]
+        return lambda w, t, **kw: fastattn.embedding(
+            ids, w, position_table=t, offset=2, scale=1.5, padding_idx=0, **kw
+        ), tensors
     raise AssertionError(name)
 
 
-OPS = ("attention", "softmax", "log_softmax", "layer_norm", "rms_norm", "feed_forward")
+OPS = ("attention", "softmax", "log_softmax", "layer_norm", "rms_norm", "rotary_embedding", "embedding", "feed_forward")
+# Linear ones keep nothing of what they are linear in.
+LINEAR = ("rotary_embedding", "embedding")
 
 
 def _grads(call, tensors, dout, **kwargs):
@@ -224,7 +236,7 @@ def test_second_derivatives_of_the_feed_forward():
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in LINEAR])
 def test_a_changed_input_or_result_is_noticed(op):
     call, tensors = _op(op, torch.float32)
     keeps_result = op in ("attention", "softmax", "log_softmax")
@@ -328,7 +340,8 @@ def test_anomaly_mode_finds_the_node():
 @pytest.mark.parametrize("op", OPS)
 def test_whoever_watches_sees_the_gradient_s_op(op):
     call, tensors = _op(op, torch.float32)
-    name = {"log_softmax": "softmax", "layer_norm": "norm", "rms_norm": "norm"}.get(op, op) + "_backward"
+    name = {"log_softmax": "softmax", "layer_norm": "norm", "rms_norm": "norm"}.get(op, op)
+    name += "" if op == "rotary_embedding" else "_backward"  # the rotation back is a rotation
     seen = []
 
     class Seen(TorchDispatchMode):

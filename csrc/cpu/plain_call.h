@@ -31,6 +31,9 @@ class Reader {
   // False for what is no plain floating tensor.
   bool tensor(int at, TensorInfo* info);
 
+  // False for what is no plain tensor of int64.
+  bool integers(int at, TensorInfo* info);
+
   // The readers of numbers are false also for one that does not fit, which has then raised.
   bool finite(int at, double* value) const {
     PyObject* object = args_[at];
@@ -117,5 +120,6 @@ bool attention_backward(Reader& read, pybind11::object* result);
 bool softmax_backward(Reader& read, pybind11::object* result);
 bool norm_backward(Reader& read, pybind11::object* result);
 bool feed_forward_backward(Reader& read, pybind11::object* result);
+bool embedding_backward(Reader& read, pybind11::object* result);
 
 }  // namespace fastattn::plain

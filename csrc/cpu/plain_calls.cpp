@@ -15,10 +15,12 @@
 #include <new>
 
 #include "attention_forward.h"
+#include "embedding.h"
 #include "isa.h"
 #include "linear_few_rows.h"
 #include "lines.h"
 #include "plain_call.h"
+#include "rotary_embedding.h"
 #include "softmax.h"
 
 namespace py = pybind11;
@@ -44,6 +46,13 @@ bool Reader::tensor(int at, TensorInfo* info) {
   *info = read_tensor(object);
   if (grad_enabled_) wants_gradient_ |= attribute(object, python.requires_grad).ptr() == Py_True;
   return info->dense && info->floating;
+}
+
+bool Reader::integers(int at, TensorInfo* info) {
+  PyObject* object = args_[at];
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != python.tensor_type) return false;
+  *info = read_tensor(object);
+  return info->dense && info->int64;
 }
 
 py::object empty_like(PyObject* tensor) {
@@ -306,6 +315,124 @@ bool linear(Reader& read, py::object* result) {
   return true;
 }
 
+// The angles of a rotary embedding, arguments 2 to 5: turns, positions, cos and sin, of which either the first two (no
+// positions: from an offset on) or the last two are given.
+bool read_angles(Reader& read, RotaryEmbeddingArgs* args) {
+  const int64_t half = args->rotary_dim / 2;
+  const auto batch_stride = [&](const TensorInfo& info, int dims) {
+    return info.dims == dims && info.size[0] != 1 ? info.stride[0] : 0;
+  };
+  // [n, ...] for all sequences, or [batch or 1, n, ...].
+  const auto fits = [&](const TensorInfo& info, int dims) {
+    const bool has_batch = info.dims == dims && (info.size[0] == 1 || info.size[0] == args->batch);
+    return (has_batch || info.dims == dims - 1) && info.size[info.dims - dims + 1] == args->seq_len;
+  };
+  if (!read.is_none(2)) {
+    TensorInfo turns, positions;
+    if (!read.integers(2, &turns) || !has_size(turns, {half}) || !is_contiguous(turns)) return false;
+    args->turns = static_cast<const int64_t*>(turns.data);
+    if (read.is_none(3)) return true;
+    if (!read.integers(3, &positions) || !fits(positions, 2) || positions.stride[positions.dims - 1] != 1) return false;
+    args->positions = static_cast<const int64_t*>(positions.data);
+    args->position_stride = batch_stride(positions, 2);
+    return true;
+  }
+  for (int at = 4; at < 6; ++at) {
+    TensorInfo info;
+    if (!read.tensor(at, &info) || read.wants_gradient() || !fits(info, 3)) return false;
+    const int64_t width = info.size[info.dims - 1];
+    const bool once = width == half, twice = width == args->rotary_dim && !args->interleaved;
+    if (!(once || twice) || info.stride[info.dims - 1] != 1) return false;
+    (at == 4 ? args->cos : args->sin) = {info.data, info.dtype, {batch_stride(info, 3), info.stride[info.dims - 2]}};
+  }
+  return true;
+}
+
+// rotary_embedding(query, key, turns, positions, cos, sin, offset, rotary_dim, interleaved, scale, inverse)
+// -> query_out, and with a key (query_out, key_out); [query_out, key_out or None] where an argument wants a gradient.
+// `turns` are those of reference/rotary_embedding.py, or None where cos and sin are given.
+bool rotary_embedding(Reader& read, py::object* result) {
+  RotaryEmbeddingArgs args;
+  TensorInfo info[2];
+  const TensorInfo query = read_tensor(read.object(0));
+  args.batch = query.size[0];
+  args.seq_len = query.size[2];
+  args.head_dim = query.size[3];
+  args.interleaved = read.is_true_object(8);
+  args.inverse = read.is_true_object(10);
+  const bool plain = query.dims == 4 && read.integer(6, &args.offset) && args.offset >= 0 &&
+                     read.integer(7, &args.rotary_dim) && args.rotary_dim > 0 && args.rotary_dim % 2 == 0 &&
+                     args.rotary_dim <= args.head_dim && read.finite(9, &args.scale) && read_angles(read, &args);
+  if (!plain) return false;
+  for (int i = 0; i < 2 && !read.is_none(i); ++i) {
+    if (!read.tensor(i, &info[i]) || info[i].dims != 4) return false;
+    // Turns are too coarse for float64.
+    bool fits = (args.turns == nullptr || info[i].dtype != DType::kFloat64) && is_small(info[i]) &&
+                info[i].stride[3] == 1 && info[i].dtype == info[0].dtype && info[i].size[0] == args.batch &&
+                info[i].size[2] == args.seq_len && info[i].size[3] == args.head_dim;
+    // empty_like keeps the order of the dimensions, the last one innermost.
+    for (int d = 0; d < 3; ++d) fits = fits && (info[i].size[d] == 1 || info[i].stride[d] >= args.head_dim);
+    if (!fits) return false;
+  }
+  const bool has_key = !read.is_none(1);
+  const auto query_out = empty_like(read.object(0));
+  args.query.from = to_view(info[0]);
+  args.query.to = to_view(read_tensor(query_out));
+  args.query.heads = info[0].size[1];
+  py::object key_out = py::none();
+  if (has_key) {
+    key_out = empty_like(read.object(1));
+    args.key.from = to_view(info[1]);
+    args.key.to = to_view(read_tensor(key_out));
+    args.key.heads = info[1].size[1];
+  }
+  if (read.wants_gradient()) {
+    *result = list_of(query_out, key_out);
+  } else {
+    *result = has_key ? py::object(py::make_tuple(query_out, key_out)) : query_out;
+  }
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(rotary_embedding, args);
+  return true;
+}
+
+// embedding(weight, ids, table, offset, scale) -> out, or [out] where an argument wants a gradient; table may be None.
+// What has no row is declined.
+bool embedding(Reader& read, py::object* result) {
+  TensorInfo weight, ids, table;
+  EmbeddingArgs args;
+  EmbeddingTokens& t = args.tokens;
+  const bool has_table = !read.is_none(2);
+  bool plain = read.tensor(0, &weight) && weight.dims == 2 && weight.stride[1] == 1 && read.integers(1, &ids) &&
+               ids.dims >= 1 && ids.dims <= 3 && is_contiguous(ids) && read.integer(3, &t.offset) && t.offset >= 0 &&
+               read.finite(4, &t.scale);
+  if (!plain) return false;
+  t.tokens = count(ids);
+  t.columns = weight.size[1];
+  t.period = ids.size[ids.dims - 1];
+  t.num_embeddings = weight.size[0];
+  t.ids = static_cast<const int64_t*>(ids.data);
+  if (t.tokens == 0 || t.columns == 0 || t.tokens * t.columns > 1 << 17) return false;
+  if (has_table) {
+    plain = read.tensor(2, &table) && table.dims == 2 && table.stride[1] == 1 && table.size[1] == t.columns &&
+            (table.dtype == DType::kFloat64) == (weight.dtype == DType::kFloat64) &&
+            t.offset + t.period <= table.size[0];
+    t.num_positions = table.size[0];
+    args.table = to_view(table);
+  }
+  if (!plain || FASTATTN_DISPATCH(embedding_bad_token, t, has_table) >= 0) return false;
+  args.weight = to_view(weight);
+  const int64_t* size = ids.size;
+  const auto out = ids.dims == 1   ? empty({size[0], t.columns}, weight.dtype)
+                   : ids.dims == 2 ? empty({size[0], size[1], t.columns}, weight.dtype)
+                                   : empty({size[0], size[1], size[2], t.columns}, weight.dtype);
+  args.out = read_pointer<void>(out);
+  *result = read.wants_gradient() ? py::object(list_of(out)) : out;
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(embedding, args);
+  return true;
+}
+
 // What Python calls: `Serve` with its kCount positional arguments.
 template <bool (*Serve)(Reader&, py::object*), int kCount>
 PyObject* plain_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -347,6 +474,9 @@ void fastattn::register_plain_calls(py::module_& m) {
       plain_method<plain::feed_forward, 9>("plain_feed_forward"),
       plain_method<plain::feed_forward_backward, 11>("plain_feed_forward_backward"),
       plain_method<plain::linear, 3>("plain_linear"),
+      plain_method<plain::rotary_embedding, 11>("plain_rotary_embedding"),
+      plain_method<plain::embedding, 5>("plain_embedding"),
+      plain_method<plain::embedding_backward, 8>("plain_embedding_backward"),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

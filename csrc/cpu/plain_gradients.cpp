@@ -4,7 +4,10 @@
 // last `ctx.needs_input_grad`. It returns what the backward of a torch.autograd.Function returns that was given the
 // op's tensors, in its order, and one thing more. Whoever differentiates the gradient itself (grad mode is on) goes the
 // long way, and so do large gradients, whose memory wants huge pages.
+#include <algorithm>
+
 #include "attention_backward.h"
+#include "embedding.h"
 #include "feed_forward_backward.h"
 #include "isa.h"
 #include "lines.h"
@@ -174,6 +177,41 @@ bool feed_forward_backward(Reader& read, py::object* result) {
   *result = grads.found();
   py::gil_scoped_release release;
   FASTATTN_DISPATCH_AMX(feed_forward_backward, args);
+  return true;
+}
+
+// embedding_backward(dout, ids, num_embeddings, num_positions, offset, scale, padding, needed) -> (dweight, dtable), of
+// dout's dtype, None where not needed
+bool embedding_backward(Reader& read, py::object* result) {
+  TensorInfo dout, ids;
+  EmbeddingBackwardArgs args;
+  EmbeddingTokens& t = args.tokens;
+  const bool plain = !read.grad_enabled() && read.tensor(0, &dout) && dout.dims >= 2 && is_contiguous(dout) &&
+                     is_small(dout) && read.integers(1, &ids) && is_contiguous(ids) && ids.dims == dout.dims - 1 &&
+                     std::equal(ids.size, ids.size + ids.dims, dout.size) && read.integer(2, &t.num_embeddings) &&
+                     read.integer(3, &t.num_positions) && read.integer(4, &t.offset) && read.finite(5, &t.scale) &&
+                     read.integer(6, &args.padding);
+  if (!plain) return false;
+  t.tokens = count(ids);
+  t.columns = dout.size[dout.dims - 1];
+  t.period = ids.size[ids.dims - 1];
+  t.ids = static_cast<const int64_t*>(ids.data);
+  const bool need_weight = read.flag(7, 0), need_table = read.flag(7, 1);
+  if (std::max(t.num_embeddings, t.num_positions) > (1 << 17) / t.columns || t.offset < 0 ||
+      FASTATTN_DISPATCH(embedding_bad_token, t, need_table) >= 0) {
+    return false;
+  }
+  args.dout = {dout.data, dout.dtype, {t.columns, 1}};
+  py::tuple grads(2);
+  const auto allocate = [&](bool needed, size_t at, int64_t rows, View* to) {
+    grads[at] = needed ? empty({rows, t.columns}, dout.dtype) : py::none();
+    if (needed) *to = {read_pointer<void>(grads[at]), dout.dtype, {t.columns, 1}};
+  };
+  allocate(need_weight, 0, t.num_embeddings, &args.dweight);
+  allocate(need_table, 1, t.num_positions, &args.dtable);
+  *result = grads;
+  py::gil_scoped_release release;
+  FASTATTN_DISPATCH(embedding_backward, args);
   return true;
 }
 

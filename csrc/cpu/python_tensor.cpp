@@ -34,7 +34,7 @@ struct ExchangeTable {
 
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 int (*exchange)(void* object, ExchangedTensor* tensor) = nullptr;
 
@@ -79,6 +79,7 @@ void fetch_python_objects() {
   };
   const char* dtypes[] = {"float32", "bfloat16", "float16", "float64"};
   for (int i = 0; i < 4; ++i) python.dtypes[i] = keep(torch, dtypes[i]);
+  python.int64 = keep(torch, "int64");
   python.data_ptr = PyUnicode_InternFromString("data_ptr");
   python.size = PyUnicode_InternFromString("size");
   python.stride = PyUnicode_InternFromString("stride");
@@ -142,6 +143,7 @@ TensorInfo read_tensor(py::handle tensor) {
     info.data = found.data + found.byte_offset;
     info.floating = to_dtype(found, &info.dtype);
     if (!info.floating) info.dtype = DType::kFloat32;
+    info.int64 = found.code == kInt && found.bits == 64 && found.lanes == 1;
     info.dims = found.dims;
     std::copy_n(found.size, found.dims, info.size);
     std::copy_n(found.stride, found.dims, info.stride);
@@ -151,6 +153,7 @@ TensorInfo read_tensor(py::handle tensor) {
   info.floating = true;
   info.data = PyLong_AsVoidPtr(call_method(tensor, python.data_ptr).ptr());
   info.dtype = read_dtype(tensor, &info.floating);
+  info.int64 = !info.floating && py::getattr(tensor, py::handle(python.dtype)).ptr() == python.int64;
   info.dims = read_ints(call_method(tensor, python.size), info.size);
   read_ints(call_method(tensor, python.stride), info.stride);
   const auto is_cpu = py::getattr(tensor, py::handle(python.is_cpu)),

@@ -18,12 +18,14 @@ struct TensorInfo {
   int dims;
   int64_t size[4], stride[4];
   bool floating;  // of a dtype that DType has
+  bool int64;
   bool dense;     // of ordinary (strided) layout, in the CPU's memory
 };
 
 // Python objects asked for at every call, fetched once by fetch_python_objects().
 struct PythonObjects {
   PyObject* dtypes[4];  // torch's, which are singletons, in the order of DType
+  PyObject* int64;
   PyObject *data_ptr, *size, *stride, *dtype, *layout, *is_cpu, *requires_grad;             // names
   PyObject *tensor_type, *parameter_type, *strided, *empty_like, *empty, *is_grad_enabled;  // of torch
   PyObject* dtype_keyword;                                                                  // ("dtype",)

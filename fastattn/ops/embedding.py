@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.extension import plain
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import embedding as formula
 from fastattn.spec.attention import lse_dtype
 from fastattn.spec.checks import check_tensor
-from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall, embedding_call, empty_gradients, empty_output
+from fastattn.spec.embedding import (
+    NO_PADDING,
+    EmbeddingBackwardCall,
+    EmbeddingCall,
+    embedding_call,
+    empty_gradients,
+    empty_output,
+)
 
 
 def embedding(
@@ -63,6 +71,10 @@ def embedding(
     """
     if isinstance(position_table, str):
         position_table, positions, offset = _sinusoidal(position_table, ids, weight, positions, offset)
+    if positions is None and dropout_p == 0.0 and _dispatch.may_be_plain(backend):
+        found = _plain(ids, weight, position_table, offset, scale, padding_idx)
+        if found is not None:
+            return found
     call = embedding_call(
         ids,
         weight,
@@ -79,6 +91,22 @@ def embedding(
         _dispatch.warn_reference("embedding", "forward-mode derivatives and torch.func transforms have no kernel")
         return formula.embedding(call)
     return _embedding(*call)
+
+
+def _plain(
+    ids: Tensor, weight: Tensor, table: Tensor | None, offset: int, scale: float | None, padding_idx: int | None
+) -> Tensor | None:
+    """Returns what a plain call does, or None where this is none."""
+    if table is None and offset != 0:
+        return None
+    if padding_idx is not None and not (isinstance(weight, Tensor) and 0 <= padding_idx < len(weight)):
+        return None
+    factor = 1.0 if scale is None else scale
+    found = plain.embedding(weight, ids, table, offset, factor)
+    if type(found) is not list:
+        return found
+    padding = NO_PADDING if padding_idx is None else padding_idx
+    return _apply_plain(weight, ids, table, found, (offset, float(factor), padding))
 
 
 def _sinusoidal(
@@ -147,6 +175,39 @@ class _Embedding(torch.autograd.Function):
             *(None,) * (len(EmbeddingCall._fields) - 3),
         )
 
+
+class _PlainEmbedding(torch.autograd.Function):
+    """A plain call's node: its result is there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        ids: Tensor,
+        table: Tensor | None,
+        found: list[Tensor],
+        numbers: tuple[int, float, int],
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.sizes = (len(weight), 0, weight.dtype) if table is None else (len(weight), len(table), table.dtype)
+        ctx.numbers = numbers
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), numbers = ctx.saved_tensors, ctx.numbers
+        num_embeddings, num_positions, table_dtype = ctx.sizes
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        if _dispatch.may_be_plain(None) and (not needed[1] or table_dtype == dout.dtype):
+            found = plain.embedding_backward(dout, ids, num_embeddings, num_positions, *numbers, needed)
+            if found is not None:
+                return found[0], None, found[1], None, None
+        call = EmbeddingBackwardCall._make((dout, ids, None, None, *ctx.sizes, *numbers, 0.0, list(needed), ""))
+        dweight, dtable = formula.differentiable(call) if torch.is_grad_enabled() else _embedding_backward(*call)
+        return dweight if needed[0] else None, None, dtable if needed[1] else None, None, None
+
+
+_apply_plain = plain_apply(_PlainEmbedding)
 
 _embedding = define(
     "embedding",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.backends.extension import plain
 from fastattn.ops import _dispatch
-from fastattn.ops._registry import define
+from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import rotary_embedding as formula
 from fastattn.spec.rotary_embedding import RotaryEmbeddingCall, empty_outputs, rotary_embedding_call
+
+_CPU = torch.device("cpu")
 
 
 def rotary_embedding(
@@ -66,6 +70,10 @@ def rotary_embedding(
 
     Source: Su et al., "RoFormer", 2021, equation 34.
     """
+    if inv_freq is None and _dispatch.may_be_plain(backend):
+        found = _plain(query, key, positions, cos, sin, base, offset, rotary_dim, interleaved, scale)
+        if found is not None:
+            return found
     call = rotary_embedding_call(
         query,
         key,
@@ -89,6 +97,40 @@ def rotary_embedding(
     else:
         query_out, key_out = _rotary_embedding(*call)
     return query_out if key is None else (query_out, key_out)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor | None,
+    positions: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    base: float,
+    offset: int,
+    rotary_dim: int | None,
+    interleaved: bool,
+    scale: float,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Returns what a plain call does, or None where this is none."""
+    if not isinstance(query, Tensor) or query.dim() != 4 or type(base) not in (int, float):
+        return None
+    dim = query.shape[-1] if rotary_dim is None else rotary_dim
+    if type(dim) is not int or dim <= 0 or not 0 < base < math.inf:
+        return None
+    turns = None
+    if cos is None and sin is None:
+        turns = formula.turns_of_base(base, dim, _CPU)
+        if positions is not None and offset != 0:
+            return None
+    elif positions is not None or offset != 0:
+        return None
+    angles = (turns, positions, cos, sin)
+    numbers = (offset, dim, interleaved, scale)
+    found = plain.rotary_embedding(query, key, *angles, *numbers, False)
+    if type(found) is not list:
+        return found
+    outs = _apply_plain(query, key, *angles, found, numbers, base)
+    return outs[0] if key is None else outs
 
 
 def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
@@ -130,6 +172,57 @@ class _RotaryEmbedding(torch.autograd.Function):
             for d, need in zip((dquery, dkey), ctx.needs_input_grad, strict=False)
         ]
         return (*grads, *(None,) * (len(RotaryEmbeddingCall._fields) - 2))
+
+
+class _PlainRotaryEmbedding(torch.autograd.Function):
+    """A plain call's node: its results are there, and its gradient is a plain call where nobody sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+        *angles, found, ctx.numbers, ctx.base = args
+        ctx.save_for_backward(*angles)
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, second = (dkey, None) if dquery is None else (dquery, dkey)
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if first is not None:
+            angles, numbers = ctx.saved_tensors, ctx.numbers
+            found = (
+                plain.rotary_embedding(first, second, *angles, *numbers, True) if _dispatch.may_be_plain(None) else None
+            )
+            if found is None or type(found) is list:  # the latter for whoever differentiates it again
+                found = _back(first, second, *angles, *numbers, ctx.base)
+            outs = found if isinstance(found, tuple) else (found, None)
+            grads = (None, outs[0]) if dquery is None else (outs[0], None if dkey is None else outs[1])
+        return (*grads, *(None,) * 7)
+
+
+def _back(
+    first: Tensor, second: Tensor | None, turns: Any, positions: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Returns the rotation back, the long way."""
+    cos, sin, offset, rotary_dim, interleaved, scale, base = rest
+    call = rotary_embedding_call(
+        _rows(first),
+        None if second is None else _rows(second),
+        positions,
+        base=base,
+        inv_freq=None,
+        cos=cos,
+        sin=sin,
+        offset=offset,
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+        scale=scale,
+        backend="",
+    )
+    return _rotary_embedding(*call._replace(inverse=True))
+
+
+_apply_plain = plain_apply(_PlainRotaryEmbedding)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def turns(call: RotaryEmbeddingCall) -> Tensor:
     """
     if call.inv_freq is not None:
         return _turns(call.inv_freq)
-    return _turns_of_base(call.base, call.rotary_dim, call.query.device)
+    return turns_of_base(call.base, call.rotary_dim, call.query.device)
 
 
 def frequencies(base: float, rotary_dim: int, device: torch.device | None = None) -> Tensor:
@@ -67,7 +67,8 @@ def frequencies(base: float, rotary_dim: int, device: torch.device | None = None
 
 
 @cache
-def _turns_of_base(base: float, rotary_dim: int, device: torch.device) -> Tensor:
+def turns_of_base(base: float, rotary_dim: int, device: torch.device) -> Tensor:
+    """Returns :func:`turns` of the frequencies ``base^(-2i / rotary_dim)``."""
     return _turns(frequencies(base, rotary_dim)).to(device)
 
 
