@@ -19,7 +19,7 @@ struct TensorInfo {
   int64_t size[4], stride[4];
   bool floating;  // of a dtype that DType has
   bool int64;
-  bool dense;     // of ordinary (strided) layout, in the CPU's memory
+  bool dense;  // of ordinary (strided) layout, in the CPU's memory
 };
 
 // Python objects asked for at every call, fetched once by fetch_python_objects().
