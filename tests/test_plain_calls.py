@@ -160,6 +160,9 @@ def test_embedding_is_that_of_the_long_way(dtype, shape):
         assert torch.equal(fastattn.embedding(ids, weight, position_table=table, offset=offset, scale=1.5), expected)
 
 
+_IDS = torch.tensor([[3, 0], [1, 1]])
+
+
 def _calls(x=None):
     """Returns, by op, a plain call on ``x`` [2, 2, 4, 8] and constants like it."""
     x = torch.ones(2, 2, 4, 8) if x is None else x
@@ -172,7 +175,7 @@ def _calls(x=None):
         "norm": lambda: plain.norm(x, bias, bias, None, 1e-5, False),
         "feed_forward": lambda: plain.feed_forward(x, weight, bias, None, None, weight, bias, "relu", 0.0),
         "rotary_embedding": lambda: _rotary(x),
-        "embedding": lambda: plain.embedding(rows, torch.tensor([[3, 0], [1, 1]]), None, 0, 1.0),
+        "embedding": lambda: plain.embedding(rows, _IDS, None, 0, 1.0),
     }
 
 
