@@ -93,7 +93,11 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
     """Returns the tiles to try on an architecture, the likely ones first."""
     found: list[Tile]
     if search.table == PRODUCT:
-        found = [(16, 32, 16, 4, 1)] if tiny else list(_product_tiles(search.key[1]))
+        from fastattn.kernels.product import ProductTile
+
+        made = [(16, 32, 16, 4, 1)] if tiny else _product_tiles(search.key[1])
+        # With what else a tile has by default, so that one which the table holds is known as such.
+        found = [tuple(ProductTile(*tile)) for tile in made]
     else:
         from fastattn.kernels import tiles
 
@@ -107,7 +111,7 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
     return found[: 2 if tiny else 10 if quick else _MOST]
 
 
-def _product_tiles(numbers: int) -> Iterator[Tile]:
+def _product_tiles(numbers: int) -> Iterator[tuple[int, int, int, int, int]]:
     for rows, columns, depth, warps, stages in product((128, 64), (128, 64, 256), (64, 32), (8, 4), (3, 4)):
         shared = stages * (rows + numbers * columns) * depth * 2
         if shared <= _SHARED and rows * columns * max(numbers - 1, 1) // (32 * warps) <= _REGISTERS:
