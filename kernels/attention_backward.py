@@ -15,6 +15,7 @@ Source: Dao, "FlashAttention-2", 2023, algorithm 2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import masking, tiles
+from fastattn.kernels import masking, packing, tiles
 from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.attention_backward_launches import Grads, Sums
 from fastattn.kernels.attention_bias_backward import bias_gradient, relative_bias_gradient
@@ -74,11 +75,19 @@ def _attention_bwd_rows_kernel(
     """
     block, plane = block_and_plane(problem.seq_len_q, ROWS)
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
     dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
     begin = block * ROWS
+    if packing.past_end(problem, begin):
+        return
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    out = packing.at(problem, out, packing.queries(problem, out))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
     do = load_rows(dout, batch, head, begin, problem.seq_len_q, head_dim_v, ROWS, DIM_V)
     rows = begin + tl.arange(0, ROWS)
-    first_row = plane.to(tl.int64) * problem.seq_len_q
+    first_row = packing.first_row(problem, batch, head)
     inside = rows < problem.seq_len_q
     log_total = tl.load(lse + first_row + rows, mask=inside, other=float("-inf")) * LOG2_E
     empty = log_total == float("-inf")
@@ -195,23 +204,28 @@ def attention_bwd(
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of its table for an architecture."""
-    for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
+    for name, call, tile in _examples(tiles.SQUARE, architecture):
         out, lse = empty_output(call)
         kernel, _, arguments, options = _row_launch(call, out, lse, out, lse, empty_statistics(call, lse), tile)
         yield Configuration(f"attention backward, rows {name}", kernel, arguments, options)
-    for name, call, tile in tiles.calls(tiles.BACKWARD_KEYS, architecture):
+    for name, call, tile in _examples(tiles.BACKWARD_KEYS, architecture):
         sums = _sums(call, tile, architecture)
         share = next(sums.plan.shares(0, sums.planes))
         kernel, _, arguments, options = sums.keys_launch(share, 0)
         yield Configuration(f"attention backward, keys {name}", kernel, arguments, options)
-        if tile == tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0] and call.bias is not None:
+        rich = call.bias is not None or call.relative_bias is not None
+        if tile == tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0] and rich:
             kernel, _, arguments, options = sums.repair_launch(0, sums.planes)
             yield Configuration(f"attention backward, repair {name}", kernel, arguments, options)
-    for name, call, tile in tiles.calls(tiles.BACKWARD_QUERIES, architecture):
+    for name, call, tile in _examples(tiles.BACKWARD_QUERIES, architecture):
         sums = _sums(call, tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0], architecture)
         share = next(sums.plan.shares(0, sums.planes))
         kernel, _, arguments, options = sums.queries_launch(share, (0, 1), False, tile)
         yield Configuration(f"attention backward, queries {name}", kernel, arguments, options)
+
+
+def _examples(table: tiles.Table, architecture: int) -> Iterator[tuple[str, AttentionCall, Tile]]:
+    return itertools.chain(tiles.calls(table, architecture), tiles.calls(table, architecture, packed=True))
 
 
 def _sums(call: AttentionCall, tile: Tile, architecture: int) -> Sums:

@@ -49,9 +49,11 @@ class Sums:
         batch, num_heads_q, seq_len_q, seq_len_k = call.shape
         self.planes = batch * num_heads_q
         self.tiles = cdiv(seq_len_k, tile.columns)
+        self.packed = call.starts_q is not None
+        # Each packed sequence has a band of its own.
+        band = None if mask.diag_lo is None or mask.diag_hi is None or self.packed else (mask.diag_lo, mask.diag_hi)
         self.plan = slabs.plan(
-            None if mask.diag_lo is None or mask.diag_hi is None else (mask.diag_lo, mask.diag_hi), seq_len_q,
-            seq_len_k, self.planes, tile.columns, call.query.element_size(),
+            band, seq_len_q, seq_len_k, self.planes, tile.columns, call.query.element_size(),
             slabs.programs_at_once(call.query.device),
         )  # fmt: skip
         # Shares of whole groups of heads, or several of one group.
@@ -64,7 +66,7 @@ class Sums:
         # The heads of a group have sums of their own, which are then added up: a program for all heads of a group would
         # leave a GPU without work where there are few keys and few groups.
         self.partial = [
-            statistics[0].new_empty((1, self.planes_at_once, *tensor.shape[2:]))
+            statistics[0].new_empty((1, num_heads_q if self.packed else self.planes_at_once, *tensor.shape[2:]))
             if self.group > 1 and grad is not None
             else None
             for grad, tensor in ((grads.key, call.key), (grads.value, call.value))
@@ -93,9 +95,13 @@ class Sums:
             if self.flags[0] is not None:
                 start(self.repair_launch(first, last - first))
             for partial, grad in zip(self.partial, (self.grads.key, self.grads.value), strict=True):
-                if partial is not None and grad is not None:
+                if partial is not None and grad is not None and not self.packed:
                     sums = partial[0, : last - first].unflatten(0, (-1, self.group)).sum(dim=1)
                     grad.flatten(0, 1)[first // self.group : last // self.group].copy_(sums)
+
+        for partial, grad in zip(self.partial, (self.grads.key, self.grads.value), strict=True):
+            if partial is not None and grad is not None and self.packed:
+                grad.copy_(partial.unflatten(1, (-1, self.group)).sum(dim=2))
 
     def keys_launch(self, share: Share, base_plane: int) -> Launch:
         """Returns the launch for the keys of a share; ``base_plane`` is the first plane of the heads' own sums."""
@@ -162,14 +168,17 @@ class Sums:
         return broadcast(key), broadcast(value)
 
     def _base(self, plane: int) -> int:
-        return plane if self.group > 1 else -1
+        if self.group == 1:
+            return -1
+        return 0 if self.packed else plane
 
     def _numbers(self) -> tuple[Any, ...]:
         call = self.call
         return (number(call.softmax_scale, call.query.dtype), call.query.shape[3], call.value.shape[3])
 
     def _box(self, tensor: Tensor, rows: int, tile: Tile) -> Any:
-        return box(tensor, rows, self.device) if tile.boxes else None
+        # A box would reach from one packed sequence into the next.
+        return box(tensor, rows, self.device) if tile.boxes and not self.packed else None
 
     def _flags(self, length: int) -> Tensor:
         return self.statistics[0].new_empty((self.planes, cdiv(length, FLAGGED.value)), dtype=torch.int32)

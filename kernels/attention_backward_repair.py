@@ -11,17 +11,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels import masking
+from fastattn.kernels import masking, packing
 from fastattn.kernels.scores import load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, add_seen, is_flagged, load_rows, store_rows
 
 
 @triton.jit
 def _keys(
-    query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head, to_batch,
-    to_head, column_begin, PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head, plane,
+    base_plane, column_begin, PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of a tile of keys and values."""
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
+    dkey = packing.at(problem, dkey, packing.keys(problem, dkey))
+    dvalue = packing.at(problem, dvalue, packing.keys(problem, dvalue))
+    to_batch = tl.where(base_plane < 0, batch, 0)
+    to_head = tl.where(base_plane < 0, head, packing.plane_of(problem, plane, head) - base_plane)
+    row = packing.first_row(problem, batch, head)
+    shift, factor, delta = statistics
+    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     k = load_rows(key, batch, head // problem.group_size, column_begin, limit, head_dim, SIZE, DIM)
@@ -53,6 +65,15 @@ def _queries(
     PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of a block of queries."""
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
+    dquery = packing.at(problem, dquery, packing.queries(problem, dquery))
+    row = packing.first_row(problem, batch, head)
+    shift, factor, delta = statistics
+    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
@@ -118,13 +139,9 @@ def attention_bwd_repair_kernel(
         column_begin = tl.program_id(0) % tiles_k * SIZE
         if is_flagged(key_flags, plane, column_begin, problem.seq_len_k, SIZE):
             batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
-            row = plane.to(tl.int64) * problem.seq_len_q
-            statistics = (shift + row, factor if factor is None else factor + row, delta + row)
-            to_batch = tl.where(base_plane < 0, batch, 0)
-            to_head = tl.where(base_plane < 0, head, plane - base_plane)
             _keys(
-                query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head,
-                to_batch, to_head, column_begin, PRECISION, SIZE, DIM, DIM_V,
+                query, key, value, dout, (shift, factor, delta), dkey, dvalue, problem, scale, head_dim, head_dim_v,
+                batch, head, plane, base_plane, column_begin, PRECISION, SIZE, DIM, DIM_V,
             )  # fmt: skip
     elif dquery.data is not None:
         blocks = tl.cdiv(problem.seq_len_q, SIZE)
@@ -132,9 +149,7 @@ def attention_bwd_repair_kernel(
         row_begin = program % blocks * SIZE
         if is_flagged(query_flags, plane, row_begin, problem.seq_len_q, SIZE):
             batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
-            row = plane.to(tl.int64) * problem.seq_len_q
-            statistics = (shift + row, factor if factor is None else factor + row, delta + row)
             _queries(
-                query, key, value, dout, statistics, dquery, problem, scale, head_dim, head_dim_v, batch, head,
-                row_begin, PRECISION, SIZE, DIM, DIM_V,
+                query, key, value, dout, (shift, factor, delta), dquery, problem, scale, head_dim, head_dim_v, batch,
+                head, row_begin, PRECISION, SIZE, DIM, DIM_V,
             )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels import masking, slabs
+from fastattn.kernels import masking, packing, slabs
 from fastattn.kernels.scores import load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, block_and_plane, load_rows, set_flags, store_rows, store_tile
 
@@ -116,18 +116,25 @@ def attention_bwd_keys_kernel(
     turn = tl.program_id(0) // num_planes
     tile = tl.where(turn < num_tiles, first_tile + turn, other_tile + turn - num_tiles)
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    longest = problem.seq_len_k
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
+    column_begin = tile * KEYS
+    if packing.past_last_key(problem, column_begin):
+        return
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
+    dkey = packing.at(problem, dkey, packing.keys(problem, dkey))
+    dvalue = packing.at(problem, dvalue, packing.keys(problem, dvalue))
     head_kv = head // problem.group_size
     to_batch = tl.where(base_plane < 0, batch, 0)
-    to_head = tl.where(base_plane < 0, head, plane - base_plane)
-    row = plane.to(tl.int64) * problem.seq_len_q
+    to_head = tl.where(base_plane < 0, head, packing.plane_of(problem, plane, head) - base_plane)
+    row = packing.first_row(problem, batch, head)
     statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    column_begin = tile * KEYS
-    where = slabs.place(
-        problem.mask, plane, tile, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab, num_slabs, PAIRED,
-        KEYS,
-    )  # fmt: skip
+    where = slabs.place(problem, plane, tile, first_plane, first_slab, num_slabs, PAIRED, KEYS)
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, KEYS, DIM, True, key_box)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, KEYS, DIM_V, True, value_box)
     begin, free_begin, free_end, end = masking.query_parts(
@@ -150,7 +157,7 @@ def attention_bwd_keys_kernel(
         at = of_keys + plane.to(tl.int64) * problem.seq_len_k + columns
         tl.store(at, db, mask=columns < problem.seq_len_k)
     if flags is not None:
-        set_flags(flags, plane, column_begin, problem.seq_len_k, tl.sum(dk, axis=1) + tl.sum(dv, axis=1), KEYS)
+        set_flags(flags, plane, column_begin, longest, tl.sum(dk, axis=1) + tl.sum(dv, axis=1), KEYS)
     if dkey.data is not None:
         store_rows(dkey, to_batch, to_head, column_begin, problem.seq_len_k, head_dim, dk * scale, KEYS, DIM)
     if dvalue.data is not None:
@@ -168,10 +175,7 @@ def _add_keys(
     for at in range(begin, end - gap, KEYS):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         k = load_rows(key, batch, head // problem.group_size, start, limit, head_dim, KEYS, DIM, MASKED, key_box)
-        where = slabs.place(
-            problem.mask, plane, start // TILE, problem.seq_len_q, problem.seq_len_k, first_plane, first_slab,
-            num_slabs, PAIRED, TILE,
-        )  # fmt: skip
+        where = slabs.place(problem, plane, start // TILE, first_plane, first_slab, num_slabs, PAIRED, TILE)
         dx = slabs.load(room, room_box, where, start, row_begin, TILE, KEYS, ROWS)
         if MASKED:
             # Nobody has written what nobody sees.
@@ -232,7 +236,13 @@ def attention_bwd_queries_kernel(
     block, plane = block_and_plane(problem.seq_len_q, ROWS)
     plane += first_plane
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    longest = problem.seq_len_q
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
     row_begin = block * ROWS
+    if packing.past_end(problem, row_begin):
+        return
+    key = packing.at(problem, key, packing.keys(problem, key))
+    dquery = packing.at(problem, dquery, packing.queries(problem, dquery))
     row_end = tl.minimum(row_begin + ROWS, problem.seq_len_q)
     dtype: tl.constexpr = accumulator(key.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
@@ -261,5 +271,5 @@ def attention_bwd_queries_kernel(
     if flags is not None:
         # There are no queries behind the last one, but there is something in their place.
         known = tl.where((row_begin + tl.arange(0, ROWS) < row_end)[:, None], dq, 0.0)
-        set_flags(flags, plane, row_begin, problem.seq_len_q, known, ROWS)
+        set_flags(flags, plane, row_begin, longest, known, ROWS)
     store_rows(dquery, batch, head, row_begin, problem.seq_len_q, head_dim, dq * scale, ROWS, DIM)

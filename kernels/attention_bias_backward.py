@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import masking, tiles
+from fastattn.kernels import masking, packing, tiles
 from fastattn.kernels.arguments import broadcast, problem, view
-from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
+from fastattn.kernels.launch import Configuration, Launch, Tile, architecture, cdiv, launch, padded, precision, run
 from fastattn.kernels.scores import Statistics, empty_statistics, load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, load_rows, store_tile
 from fastattn.spec.attention import AttentionCall, empty_output
@@ -28,7 +28,7 @@ def _tile(
     """Returns the gradients of a tile of scores [SIZE, SIZE]."""
     head_kv = head // problem.group_size
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    row = (batch * problem.num_heads_q + head).to(tl.int64) * problem.seq_len_q
+    row = packing.first_row(problem, batch, head)
     statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     loaded = load_statistics(statistics, row_begin, problem.seq_len_q, SIZE, False, True)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
@@ -119,18 +119,26 @@ def _relative_bias_bwd_kernel(
     tile by r puts each diagonal into a column, part of it from the one tile and part from the other.
 
     Grid: groups of SIZE diagonals, the first beginning at the last multiple of SIZE that is not above the first
-    diagonal; times bias_heads.
+    diagonal; times bias_heads; times packed sequences.
 
     Args:
-        drelative: [bias_heads, seq_len_q + seq_len_k - 1].
+        drelative: [bias_heads, seq_len_q + seq_len_k - 1]; of packed sequences [bias_heads, tokens_q + tokens_k], those
+            of each from where its queries and keys begin.
+        num_batches: to sum over, 1 of packed sequences.
 
     The others are those of :func:`_bias_bwd_kernel`.
     """
-    diagonals = problem.seq_len_q + problem.seq_len_k - 1
     before = tl.cdiv(problem.seq_len_q - 1, SIZE)
     groups = before + tl.cdiv(problem.seq_len_k, SIZE)
     first = (tl.program_id(0) % groups - before) * SIZE
-    head = tl.program_id(0) // groups
+    head = tl.program_id(0) // groups % bias_heads
+    batch = tl.program_id(0) // groups // bias_heads
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
+    diagonals = problem.seq_len_q + problem.seq_len_k - 1
     rows = tl.arange(0, SIZE)[:, None]
     turned = rows + tl.arange(0, SIZE)[None, :]
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
@@ -140,7 +148,7 @@ def _relative_bias_bwd_kernel(
         seen = (first + SIZE > problem.mask.diag_lo) & (first <= problem.mask.diag_hi)
     if seen:
         for other in range(num_batches * (problem.num_heads_q // bias_heads)):
-            at_batch = other // (problem.num_heads_q // bias_heads)
+            at_batch = batch + other // (problem.num_heads_q // bias_heads)
             at_head = head + other % (problem.num_heads_q // bias_heads)
             limit = masking.key_end(problem.mask, at_batch, problem.seq_len_k)
             for part in tl.static_range(2):
@@ -155,8 +163,37 @@ def _relative_bias_bwd_kernel(
                     here = (turned < SIZE) == (part == 0)
                     total += tl.sum(tl.where(here, tl.gather(ds, turned % SIZE, axis=1), 0.0), axis=0)
     at = first + tl.arange(0, SIZE) + problem.seq_len_q - 1
-    to = drelative + head.to(tl.int64) * diagonals + at
+    if problem.packing.starts_q is not None:
+        to = drelative + head.to(tl.int64) * (problem.packing.tokens_q + problem.packing.tokens_k)
+        to += problem.packing.begin_q + problem.packing.begin_k + at
+    else:
+        to = drelative + head.to(tl.int64) * diagonals + at
     tl.store(to, total.to(drelative.dtype.element_ty), mask=(at >= 0) & (at < diagonals))
+
+
+@triton.jit
+def _sum_sequences_kernel(x, out, problem, sequences, SIZE: tl.constexpr):
+    """Writes the sums over packed sequences of what they give SIZE diagonals of the longest; in one order.
+
+    Grid: tiles of diagonals times bias_heads.
+
+    Args:
+        x: what :func:`_relative_bias_bwd_kernel` wrote.
+        out: [bias_heads, seq_len_q + seq_len_k - 1].
+        problem: Problem.
+    """
+    diagonals = problem.seq_len_q + problem.seq_len_k - 1
+    head = (tl.program_id(0) // tl.cdiv(diagonals, SIZE)).to(tl.int64)
+    at = tl.program_id(0) % tl.cdiv(diagonals, SIZE) * SIZE + tl.arange(0, SIZE)
+    start = x + head * (problem.packing.tokens_q + problem.packing.tokens_k)
+    total = tl.zeros([SIZE], tl.float64)
+    for sequence in range(sequences):
+        begin_q, len_q, begin_k, len_k, _, _, _, _ = packing.numbers(problem, sequence)
+        # All end at the last key.
+        own = at - (problem.seq_len_k - len_k)
+        inside = (own >= 0) & (own < len_q + len_k - 1)
+        total += tl.load(start + (begin_q + begin_k) + own, mask=inside, other=0.0).to(tl.float64)
+    tl.store(out + head * diagonals + at, total.to(out.dtype.element_ty), mask=at < diagonals)
 
 
 def _common(call: AttentionCall, dout: Tensor, statistics: Statistics) -> tuple[Any, ...]:
@@ -164,7 +201,8 @@ def _common(call: AttentionCall, dout: Tensor, statistics: Statistics) -> tuple[
 
 
 def _numbers(call: AttentionCall) -> tuple[Any, ...]:
-    return (problem(call), call.query.shape[3], call.value.shape[3], call.shape.batch)
+    batches = call.shape.batch if call.starts_q is None else 1
+    return (problem(call), call.query.shape[3], call.value.shape[3], batches)
 
 
 def _options(call: AttentionCall, tile: Tile) -> dict[str, Any]:
@@ -195,15 +233,26 @@ def bias_gradient(call: AttentionCall, dout: Tensor, statistics: Statistics, dbi
 def relative_bias_gradient(call: AttentionCall, dout: Tensor, statistics: Statistics, to: Tensor) -> None:
     """Writes the gradient of a ``relative_bias`` [num_heads_q or 1, diagonals]; see :func:`bias_gradient`."""
     heads = to.shape[0]
-    _, _, seq_len_q, seq_len_k = call.shape
+    batch, _, seq_len_q, seq_len_k = call.shape
+    packed = call.starts_q is not None
+    # Of packed sequences each writes its own first.
+    tokens = call.query.shape[2] + call.key.shape[2]
+    own = statistics[0].new_empty((heads, tokens)) if packed else to
 
     def start(tile: Tile) -> None:
-        grid = ((cdiv(seq_len_q - 1, tile.rows) + cdiv(seq_len_k, tile.rows)) * heads,)
+        grid = ((cdiv(seq_len_q - 1, tile.rows) + cdiv(seq_len_k, tile.rows)) * heads * (batch if packed else 1),)
         _relative_bias_bwd_kernel[grid](
-            *_common(call, dout, statistics), to, *_numbers(call), heads, **_options(call, tile)
+            *_common(call, dout, statistics), own, *_numbers(call), heads, **_options(call, tile)
         )
 
     launch("attention_backward, diagonals", tiles.choose(tiles.SQUARE, call, architecture(to.device)), start)
+    if packed:
+        run(_sequences_launch(call, own, to))
+
+
+def _sequences_launch(call: AttentionCall, own: Tensor, to: Tensor) -> Launch:
+    arguments = (own, to, problem(call), call.shape.batch)
+    return _sum_sequences_kernel, (cdiv(to.shape[1], 128) * len(to),), arguments, {"SIZE": 128, "num_warps": 4}
 
 
 def configurations(architecture: int) -> Iterator[Configuration]:
@@ -223,3 +272,15 @@ def configurations(architecture: int) -> Iterator[Configuration]:
             (*common, bias.new_empty((1, seq_len_q + seq_len_k - 1)), *numbers, 1),
             options,
         )
+    for name, call, tile in tiles.calls(tiles.SQUARE, architecture, packed=True):
+        if call.relative_bias is None:
+            continue
+        out, lse = empty_output(call)
+        statistics = empty_statistics(call, lse)
+        own = statistics[0].new_empty((4, call.query.shape[2] + call.key.shape[2]))
+        arguments = (*_common(call, out, statistics), own, *_numbers(call), 4)
+        yield Configuration(
+            f"attention backward, diagonals {name}", _relative_bias_bwd_kernel, arguments, _options(call, tile)
+        )
+        kernel, _, arguments, options = _sequences_launch(call, own, call.relative_bias)
+        yield Configuration(f"attention backward, diagonals' sums {name}", kernel, arguments, options)

@@ -69,6 +69,24 @@ def past_end(problem, row_begin):
 
 
 @triton.jit
+def past_last_key(problem, column_begin):
+    """Returns the same of a tile of keys."""
+    past = False
+    if problem.packing.starts_q is not None:
+        past = column_begin >= problem.seq_len_k
+    return past
+
+
+@triton.jit
+def plane_of(problem, plane, head):
+    """Returns which of the planes that a tensor has is that of a head: packed sequences share those of the heads."""
+    found = plane
+    if problem.packing.starts_q is not None:
+        found = head
+    return found
+
+
+@triton.jit
 def queries(problem, view):
     """Returns where a View of [..., queries, ...] has those of the sequence, for :func:`at`."""
     data = 0

@@ -128,28 +128,29 @@ def plan(
 
 
 @triton.jit
-def _queries_of(mask, tile, seq_len_q, KEYS: tl.constexpr):
+def _queries_of(problem, tile, KEYS: tl.constexpr):
     """Returns the first query and the end of those that a slab has room for at a tile of keys."""
     begin = tile * 0
-    end = begin + tl.cdiv(seq_len_q, ALIGN) * ALIGN
-    if mask.diag_lo is not None:
-        begin = tl.maximum(tile * KEYS - mask.diag_hi, 0) // ALIGN * ALIGN
-        end = tl.cdiv(tl.maximum(tl.minimum(tile * KEYS + KEYS - mask.diag_lo, seq_len_q), begin), ALIGN) * ALIGN
+    end = begin + tl.cdiv(problem.seq_len_q, ALIGN) * ALIGN
+    # The band of a packed sequence is not known before the kernel runs.
+    if problem.mask.diag_lo is not None and problem.packing.starts_q is None:
+        begin = tl.maximum(tile * KEYS - problem.mask.diag_hi, 0) // ALIGN * ALIGN
+        end = tl.minimum(tile * KEYS + KEYS - problem.mask.diag_lo, problem.seq_len_q)
+        end = tl.cdiv(tl.maximum(end, begin), ALIGN) * ALIGN
     return begin, end
 
 
 @triton.jit
 def place(
-    mask, plane, tile, seq_len_q, seq_len_k, first_plane, first_slab, num_slabs, PAIRED: tl.constexpr,
-    KEYS: tl.constexpr,
+    problem, plane, tile, first_plane, first_slab, num_slabs, PAIRED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Returns where the gradients of a tile's scores are in the slabs of a share: ``(slab, ahead)``, such that query 0
     would be in the slab's column ``ahead``."""
-    begin, _ = _queries_of(mask, tile, seq_len_q, KEYS)
+    begin, _ = _queries_of(problem, tile, KEYS)
     slab, ahead = tile, 0
     if PAIRED:
-        mirrored = tl.cdiv(seq_len_k, KEYS) - 1 - tile
-        other_begin, other_end = _queries_of(mask, mirrored, seq_len_q, KEYS)
+        mirrored = tl.cdiv(problem.seq_len_k, KEYS) - 1 - tile
+        other_begin, other_end = _queries_of(problem, mirrored, KEYS)
         slab = tl.minimum(tile, mirrored)
         ahead = tl.where(tile > mirrored, other_end - other_begin, 0)
     return (plane - first_plane) * num_slabs + (slab - first_slab), ahead - begin

@@ -225,7 +225,7 @@ def calls(table: Table, architecture: int, packed: bool = False) -> Iterator[tup
     for (size, dim), choices in table[architecture].items():
         for at, tile in enumerate(choices):
             for name, call in (packed_calls if packed else example_calls)(dtypes[size], dim):
-                if at and (size > 2 or name == "plain"):
+                if at and (size > 2 or packed or name == "plain"):
                     continue
                 yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tile}", call, tile
 

@@ -40,7 +40,9 @@ MODULES = (
 )
 # Numbers of heads, shares or batch entries, whose products count programs; and how many keys or classes a share or a
 # cell has, whose products stay below the number of all.
-FEW = re.compile(r"num_heads\w*|group_size|\w*heads|splits|keys_a_split|share|num_slabs|pool_size|\w*batches")
+FEW = re.compile(
+    r"num_heads\w*|num_planes|group_size|\w*heads|splits|keys_a_split|share|num_slabs|pool_size|\w*batches"
+)
 
 
 def everything(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, AttentionCall]]:

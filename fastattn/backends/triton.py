@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.backends import packed
 from fastattn.backends.base import Backend
 from fastattn.backends.triton_rows import RowOps
 from fastattn.spec.attention import AttentionCall
@@ -170,8 +169,6 @@ class TritonBackend(RowOps, Backend):
     ) -> list[Tensor | None]:
         from fastattn.kernels.attention_backward import attention_bwd
 
-        if call.starts_q is not None:
-            return packed.attention_backward(call, out, lse, dout, dlse, needed, self.attention_backward)
         return attention_bwd(call, out, lse, dout, dlse, needed)
 
     def paged_attention(self, call: PagedCall) -> tuple[Tensor, Tensor]:
