@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,17 @@ def warps(elements: int) -> int:
 def power_of_two(size: int) -> int:
     """Returns the least power of two that is at least ``size``."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def unit(views: Sequence[View], columns: int) -> int:
+    """Returns the largest power of two up to 8 that divides the rows' length and all their strides; 1 where columns
+    are no neighbours, and where 16 does, of which the compiler finds out by itself."""
+    numbers = [columns]
+    for view in views:
+        if view.data is not None:
+            numbers += (view.batch, view.head, view.row)
+    found = math.gcd(*numbers, 16)
+    return 1 if found == 16 or any(v.data is not None and v.column != 1 for v in views) else found
 
 
 def row_views(dim: int, *tensors: Tensor | None) -> tuple[list[View], tuple[int, int, int, int]]:

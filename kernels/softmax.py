@@ -20,7 +20,7 @@ from fastattn.kernels.arguments import View
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import inverse, number
 from fastattn.kernels.replay import replayed
-from fastattn.kernels.rows import row_tile, row_views, warps
+from fastattn.kernels.rows import row_tile, row_views, unit, warps
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.attention import lse_dtype
 from fastattn.spec.softmax import SoftmaxBackwardCall, SoftmaxCall, softmax_call
@@ -39,26 +39,36 @@ def _place(heads, rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _at(view, batch, head, row, column):
-    """Returns pointers to [rows, columns] of a view."""
-    start = view.data + batch * view.batch + head * view.head
-    return start + row[:, None] * view.row + column[None, :] * view.column
+def _aligned(number, UNIT: tl.constexpr):
+    """Returns a number, a multiple of UNIT, as one of which the compiler knows that it is: it asks by itself for
+    multiples of 16 alone, and takes rows of 1,000 elements one at a time."""
+    if UNIT == 1:
+        return number
+    else:
+        return number // UNIT * UNIT
 
 
 @triton.jit
-def _visible(mask, batch, head, row, column, inside):
+def _at(view, batch, head, row, column, UNIT: tl.constexpr):
+    """Returns pointers to [rows, columns] of a view, whose strides but the last are multiples of UNIT."""
+    start = view.data + batch * _aligned(view.batch, UNIT) + head * _aligned(view.head, UNIT)
+    return start + row[:, None] * _aligned(view.row, UNIT) + column[None, :] * view.column
+
+
+@triton.jit
+def _visible(mask, batch, head, row, column, inside, UNIT: tl.constexpr):
     """Returns which elements exist and, where there is a mask, may be seen."""
     if mask.data is not None:
-        return inside & (tl.load(_at(mask, batch, head, row, column), mask=inside, other=0) != 0)
+        return inside & (tl.load(_at(mask, batch, head, row, column, UNIT), mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
-def _scores(x, mask, batch, head, row, column, rows, columns, scale, DTYPE: tl.constexpr):
+def _scores(x, mask, batch, head, row, column, rows, columns, scale, UNIT: tl.constexpr, DTYPE: tl.constexpr):
     """Returns scaled elements, -inf where nothing is visible, and what is visible."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    seen = _visible(mask, batch, head, row, column, inside)
-    values = tl.load(_at(x, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
+    seen = _visible(mask, batch, head, row, column, inside, UNIT)
+    values = tl.load(_at(x, batch, head, row, column, UNIT), mask=inside, other=0.0).to(DTYPE)
     return tl.where(seen, values * number(scale, DTYPE)[:, None], float("-inf")), seen
 
 
@@ -77,14 +87,24 @@ def _finish(s, seen, shift, total, HAS_MASK: tl.constexpr, LOG: tl.constexpr):
 
 
 @triton.jit
-def _store(view, batch, head, row, column, rows, columns, values):
+def _store(view, batch, head, row, column, rows, columns, values, UNIT: tl.constexpr):
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(_at(view, batch, head, row, column), values.to(view.data.dtype.element_ty), mask=inside)
+    tl.store(_at(view, batch, head, row, column, UNIT), values.to(view.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def softmax_forward(
-    x, out, mask, heads, rows, columns, scale: tl.float64, LOG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    out,
+    mask,
+    heads,
+    rows,
+    columns,
+    scale: tl.float64,
+    LOG: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Writes the (log-)softmax of ROWS rows, each of at most COLUMNS elements.
 
@@ -93,17 +113,19 @@ def softmax_forward(
     Args:
         x: View; likewise ``out``, and ``mask`` of 0 and 1 or of no data.
         scale: what elements are multiplied by.
+        UNIT: power of two that divides ``columns`` and all strides but those of columns.
     """
     dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
     batch, head, row = _place(heads, rows, ROWS)
+    columns = _aligned(columns, UNIT)
     column = tl.arange(0, COLUMNS).to(tl.int64)
-    s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+    s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, UNIT, dtype)
     top = tl.max(s, axis=1)
     # -inf minus -inf is NaN: a row of nothing but -inf subtracts 0.
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(s - shift[:, None]), axis=1)
     result = _finish(s, seen, shift, total, mask.data is not None, LOG)
-    _store(out, batch, head, row, column, rows, columns, result)
+    _store(out, batch, head, row, column, rows, columns, result, UNIT)
 
 
 @triton.jit
@@ -135,6 +157,7 @@ def softmax_forward_long(
     columns,
     scale: tl.float64,
     LOG: tl.constexpr,
+    UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     COUNT: tl.constexpr,
     WRITE: tl.constexpr,
@@ -155,13 +178,14 @@ def softmax_forward_long(
     """
     dtype: tl.constexpr = accumulator(x.data.dtype.element_ty)
     batch, head, row = _place(heads, rows, ROWS)
+    columns = _aligned(columns, UNIT)
     first, last = _share(columns, COLUMNS)
     top = tl.full([ROWS], float("-inf"), dtype)
     total = tl.zeros([ROWS], dtype)
     if COUNT:
         for chunk in range(first, last):
             column = chunk * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-            s, _ = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+            s, _ = _scores(x, mask, batch, head, row, column, rows, columns, scale, UNIT, dtype)
             now = tl.maximum(top, tl.max(s, axis=1))
             shift = tl.where(now == float("-inf"), 0.0, now)
             total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), axis=1)
@@ -181,18 +205,18 @@ def softmax_forward_long(
         shift = tl.where(top == float("-inf"), 0.0, top)
         for back in range(first, last):
             column = (last - 1 - (back - first)) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-            s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, dtype)
+            s, seen = _scores(x, mask, batch, head, row, column, rows, columns, scale, UNIT, dtype)
             result = _finish(s, seen, shift, total, mask.data is not None, LOG)
-            _store(out, batch, head, row, column, rows, columns, result)
+            _store(out, batch, head, row, column, rows, columns, result, UNIT)
 
 
 @triton.jit
-def _gradients(out, dout, mask, batch, head, row, column, rows, columns, DTYPE: tl.constexpr):
+def _gradients(out, dout, mask, batch, head, row, column, rows, columns, UNIT: tl.constexpr, DTYPE: tl.constexpr):
     """Returns results, their gradients (0 where nothing is visible), and what is visible."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    seen = _visible(mask, batch, head, row, column, inside)
-    result = tl.load(_at(out, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
-    grad = tl.load(_at(dout, batch, head, row, column), mask=inside, other=0.0).to(DTYPE)
+    seen = _visible(mask, batch, head, row, column, inside, UNIT)
+    result = tl.load(_at(out, batch, head, row, column, UNIT), mask=inside, other=0.0).to(DTYPE)
+    grad = tl.load(_at(dout, batch, head, row, column, UNIT), mask=inside, other=0.0).to(DTYPE)
     return result, tl.where(seen, grad, 0.0), seen
 
 
@@ -216,6 +240,7 @@ def softmax_backward(
     columns,
     scale: tl.float64,
     LOG: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -226,11 +251,12 @@ def softmax_backward(
     """
     dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
     batch, head, row = _place(heads, rows, ROWS)
+    columns = _aligned(columns, UNIT)
     column = tl.arange(0, COLUMNS).to(tl.int64)
-    result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+    result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, UNIT, dtype)
     total = tl.sum(grad if LOG else result * grad, axis=1)
     found = _finish_gradient(result, grad, seen, total, scale, mask.data is not None, LOG)
-    _store(dinput, batch, head, row, column, rows, columns, found)
+    _store(dinput, batch, head, row, column, rows, columns, found, UNIT)
 
 
 @triton.jit
@@ -245,6 +271,7 @@ def softmax_backward_long(
     columns,
     scale: tl.float64,
     LOG: tl.constexpr,
+    UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     COUNT: tl.constexpr,
     WRITE: tl.constexpr,
@@ -254,12 +281,13 @@ def softmax_backward_long(
     """Writes the gradient of ROWS rows of any length, as :func:`softmax_forward_long` writes their results."""
     dtype: tl.constexpr = accumulator(out.data.dtype.element_ty)
     batch, head, row = _place(heads, rows, ROWS)
+    columns = _aligned(columns, UNIT)
     first, last = _share(columns, COLUMNS)
     total = tl.zeros([ROWS], dtype)
     if COUNT:
         for chunk in range(first, last):
             column = chunk * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-            result, grad, _ = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+            result, grad, _ = _gradients(out, dout, mask, batch, head, row, column, rows, columns, UNIT, dtype)
             total += tl.sum(grad if LOG else result * grad, axis=1)
         if SPLITS > 1:
             tl.store(_statistics_at(totals, row, rows, tl.program_id(1)), total, mask=row < rows)
@@ -269,9 +297,9 @@ def softmax_backward_long(
                 total += tl.load(_statistics_at(totals, row, rows, split), mask=row < rows, other=0.0)
         for back in range(first, last):
             column = (last - 1 - (back - first)) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-            result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, dtype)
+            result, grad, seen = _gradients(out, dout, mask, batch, head, row, column, rows, columns, UNIT, dtype)
             found = _finish_gradient(result, grad, seen, total, scale, mask.data is not None, LOG)
-            _store(dinput, batch, head, row, column, rows, columns, found)
+            _store(dinput, batch, head, row, column, rows, columns, found, UNIT)
 
 
 @replayed
@@ -311,6 +339,7 @@ def launches(
     programs = batch * heads * -(-rows // tile_rows)
     options = {
         "LOG": call.log,
+        "UNIT": unit(views, columns),
         "ROWS": tile_rows,
         "COLUMNS": tile_columns,
         "num_warps": warps(tile_rows * tile_columns),
@@ -343,6 +372,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         (torch.bfloat16, (4, 1 << 18), 1),
         (torch.bfloat16, (64, 512, 512), 1),
         (torch.float64, (8192, 1024), 1),
+        (torch.bfloat16, (8192, 1000), 1),
     ):
         x = torch.empty(shape, dtype=dtype, device="meta")
         mask = torch.empty(shape, dtype=torch.bool, device="meta") if dtype != torch.bfloat16 else None

@@ -26,3 +26,16 @@ def test_the_backend_says_what_it_cannot_do(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(fastattn.UnsupportedError, match="no GPU"):
         fastattn.softmax(torch.randn(3, 4), backend="triton")
+
+
+def test_what_divides_rows():
+    """The compiler is told of 2, 4 and 8 alone: 16 it finds by itself, and where columns lie apart it needs none."""
+    from fastattn.kernels.rows import row_views, unit
+
+    def found(tensor, dim=1):
+        views, sizes = row_views(dim, tensor)
+        return unit(views, sizes[3])
+
+    x = torch.empty(3, 24)
+    assert [found(t) for t in (x, x[:, :20], x[:, :6], x[:, :5], torch.empty(3, 32))] == [8, 4, 2, 1, 1]
+    assert found(x, dim=0) == 1
