@@ -91,6 +91,8 @@ def add_feed_forward(
         name is None
         or not (is_plain(last_dropout, nn.Dropout) and last_dropout.p < 1.0)
         or residual.dtype != x.dtype
+        # On a CPU there is nothing to gain but the pass over what is dropped.
+        or (x.is_cpu and not (last_dropout.training and last_dropout.p > 0.0))
         or not _fuses_feed_forward(linear1, dropout, linear2, x)
     ):
         return residual + apply_dropout(last_dropout, feed_forward(linear1, activation, dropout, linear2, x))
