@@ -139,6 +139,12 @@ def _row_launch(
     return _attention_bwd_rows_kernel, (cdiv(seq_len_q, tile.rows) * batch * num_heads_q,), arguments, options
 
 
+def keys_table(call: AttentionCall) -> tiles.Table:
+    """Returns the table of the keys' kernel for a call."""
+    rich = call.softcap or call.bias is not None or call.relative_bias is not None or call.dropout_state is not None
+    return tiles.BACKWARD_KEYS_RICH if rich else tiles.BACKWARD_KEYS
+
+
 def _empty_grad(call: AttentionCall, field: str) -> Tensor:
     """Returns room for the gradient of a field, in its order in memory, but where heads share keys."""
     tensor = getattr(call, field)
@@ -176,7 +182,7 @@ def attention_bwd(
         sums = Grads(dquery, dkey, dvalue, bias, of_keys)
         launch(
             "attention_backward, keys",
-            tiles.choose(tiles.BACKWARD_KEYS, call, device),
+            tiles.choose(keys_table(call), call, device),
             lambda tile: Sums(call, dout, statistics, sums, tile, device).run(),
         )
         if of_keys is not None and dbias is not None:
@@ -208,17 +214,20 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         out, lse = empty_output(call)
         kernel, _, arguments, options = _row_launch(call, out, lse, out, lse, empty_statistics(call, lse), tile)
         yield Configuration(f"attention backward, rows {name}", kernel, arguments, options)
-    for name, call, tile in _examples(tiles.BACKWARD_KEYS, architecture):
-        sums = _sums(call, tile, architecture)
-        share = next(sums.plan.shares(0, sums.planes))
-        kernel, _, arguments, options = sums.keys_launch(share, 0)
-        yield Configuration(f"attention backward, keys {name}", kernel, arguments, options)
-        rich = call.bias is not None or call.relative_bias is not None
-        if tile == tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0] and rich:
-            kernel, _, arguments, options = sums.repair_launch(0, sums.planes)
-            yield Configuration(f"attention backward, repair {name}", kernel, arguments, options)
+    for table in (tiles.BACKWARD_KEYS, tiles.BACKWARD_KEYS_RICH):
+        for name, call, tile in _examples(table, architecture):
+            if keys_table(call) is not table:
+                continue
+            sums = _sums(call, tile, architecture)
+            share = next(sums.plan.shares(0, sums.planes))
+            kernel, _, arguments, options = sums.keys_launch(share, 0)
+            yield Configuration(f"attention backward, keys {name}", kernel, arguments, options)
+            rich = call.bias is not None or call.relative_bias is not None
+            if tile == tiles.choose(table, call, architecture)[0] and rich:
+                kernel, _, arguments, options = sums.repair_launch(0, sums.planes)
+                yield Configuration(f"attention backward, repair {name}", kernel, arguments, options)
     for name, call, tile in _examples(tiles.BACKWARD_QUERIES, architecture):
-        sums = _sums(call, tiles.choose(tiles.BACKWARD_KEYS, call, architecture)[0], architecture)
+        sums = _sums(call, tiles.choose(keys_table(call), call, architecture)[0], architecture)
         share = next(sums.plan.shares(0, sums.planes))
         kernel, _, arguments, options = sums.queries_launch(share, (0, 1), False, tile)
         yield Configuration(f"attention backward, queries {name}", kernel, arguments, options)

@@ -18,9 +18,21 @@ from torch import Tensor
 from fastattn.kernels import masking, philox, tiles
 from fastattn.kernels.arguments import number, problem, view
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
-from fastattn.kernels.tile import LN_2, LOG2_E, accumulator, finish_scores, load_rows, split_log_total, store_tile
-from fastattn.spec.attention import empty_output
+from fastattn.kernels.tile import (
+    LN_2,
+    LOG2_E,
+    accumulator,
+    all_finite,
+    finish_scores,
+    load_rows,
+    split_log_total,
+    store_tile,
+)
+from fastattn.spec.attention import empty_output, lse_dtype
 from fastattn.spec.attention_weights import WeightsCall, empty_result
+
+# Of the largest weights, how many a program keeps while it goes over the keys.
+MOST_RANKS = 32
 
 
 @triton.jit
@@ -167,12 +179,74 @@ def _top_k_kernel(
     head_dim,
     top_k,
     PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Writes the largest weights of a block of queries, falling, and their keys; of equal ones the first.
 
-    It goes over the keys once for each: nothing is kept but the last one found.
+    It goes over the keys once for every RANKS of them. A weight and its key are one number of 64 bits, the weight's
+    above, so that the best of a tile and the best so far are sorted as they are; a tile without any better one, as most
+    are after a few, is not sorted.
+
+    Grid: blocks of queries times batch * num_heads_q.
+
+    Args:
+        out: [batch, num_heads_q, seq_len_q, top_k]; likewise ``indices``, int64; the others are those of
+            :func:`_weights_kernel`.
+        RANKS: power of two, at most SIZE.
+    """
+    blocks = tl.cdiv(problem.seq_len_q, SIZE)
+    row_begin, plane = tl.program_id(0) % blocks * SIZE, tl.program_id(0) // blocks
+    batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    begin, end = masking.key_range(problem.mask, row_begin, tl.minimum(row_begin + SIZE, problem.seq_len_q), limit)
+    rows = row_begin + tl.arange(0, SIZE)
+    last = tl.full([SIZE], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for first in range(0, top_k, RANKS):
+        best = tl.zeros([SIZE, RANKS], tl.int64)
+        is_nan = tl.zeros([SIZE], tl.int32)
+        for column_begin in range(begin // SIZE * SIZE, end, SIZE):
+            column_begin = tl.multiple_of(column_begin, SIZE)
+            p, _ = _weights(
+                query, key, lse, problem, batch, head, row_begin, problem.seq_len_q, column_begin, problem.seq_len_k,
+                head_dim, PRECISION, SIZE, DIM,
+            )  # fmt: skip
+            is_nan = tl.maximum(is_nan, tl.max((p != p).to(tl.int32), axis=1))
+            columns = (column_begin + tl.arange(0, SIZE))[None, :]
+            # Bits of positive numbers are ordered as the numbers are; a key that comes first counts for more.
+            found = (p.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (0x7FFFFFFF - columns).to(tl.int64)
+            found = tl.where((p > 0) & (found < last[:, None]), found, 0)
+            if tl.max((found > tl.min(best, axis=1)[:, None]).to(tl.int32)) != 0:
+                both = tl.join(best, tl.topk(found, RANKS))
+                best = tl.topk(tl.reshape(both, [SIZE, 2 * RANKS]), RANKS)
+        ranks = first + tl.arange(0, RANKS)
+        to = (plane.to(tl.int64) * problem.seq_len_q + rows)[:, None] * top_k + ranks[None, :]
+        inside = (rows < problem.seq_len_q)[:, None] & (ranks < top_k)[None, :]
+        weight = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        weight = tl.where(is_nan[:, None] != 0, float("nan"), weight)
+        tl.store(out + to, weight.to(out.dtype.element_ty), mask=inside)
+        tl.store(indices + to, tl.where(best == 0, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)), mask=inside)
+        last = tl.min(best, axis=1)
+
+
+@triton.jit
+def _top_k_float64_kernel(
+    query,
+    key,
+    lse,
+    out,
+    indices,
+    problem,
+    head_dim,
+    top_k,
+    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """What :func:`_top_k_kernel` writes, for weights whose bits leave no room for a key's number beside them.
+
+    It goes over the keys once for each rank: nothing is kept but the last one found.
 
     Grid: blocks of queries times batch * num_heads_q.
 
@@ -223,37 +297,67 @@ def _pooled_kernel(
     problem,
     head_dim,
     pool_size,
+    side,
     PRECISION: tl.constexpr,
+    CELLS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Writes the mean weight of a cell of pool_size queries and keys.
+    """Writes the mean weights of cells of pool_size queries and keys.
 
-    Grid: cells of keys times cells of queries times batch * num_heads_q.
+    Grid: squares of ``side`` times ``side`` cells, those along the keys first, times batch * num_heads_q.
 
     Args:
         out: [batch, num_heads_q, cells of queries, cells of keys]; the others are those of :func:`_weights_kernel`.
+        side: 1, or as many cells as fit a tile.
+        CELLS: power of two, from 16 on where it is not 1, that holds ``side``.
     """
-    cells_k, cells_q = tl.cdiv(problem.seq_len_k, pool_size), tl.cdiv(problem.seq_len_q, pool_size)
-    first_column = tl.program_id(0) % cells_k * pool_size
-    first_row = tl.program_id(0) // cells_k % cells_q * pool_size
-    plane = tl.program_id(0) // cells_k // cells_q
+    cells_q, cells_k = tl.cdiv(problem.seq_len_q, pool_size), tl.cdiv(problem.seq_len_k, pool_size)
+    squares_q, squares_k = tl.cdiv(cells_q, side), tl.cdiv(cells_k, side)
+    first_k = tl.program_id(0) % squares_k * side
+    first_q = tl.program_id(0) // squares_k % squares_q * side
+    plane = tl.program_id(0) // squares_k // squares_q
     batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
-    row_end = tl.minimum(first_row + pool_size, problem.seq_len_q)
-    column_end = tl.minimum(first_column + pool_size, problem.seq_len_k)
+    first_row, first_column = first_q * pool_size, first_k * pool_size
+    row_end = tl.minimum(first_row + side * pool_size, problem.seq_len_q)
+    column_end = tl.minimum(first_column + side * pool_size, problem.seq_len_k)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
-    total = tl.zeros([SIZE], dtype)
+    each = tl.arange(0, CELLS)
+    total, lost = tl.zeros([CELLS, CELLS], dtype), tl.zeros([CELLS, CELLS], dtype)
     for row_begin in range(first_row, row_end, SIZE):
         row_begin = tl.multiple_of(row_begin, 1)
+        # Dropout draws four columns at a time.
         for column_begin in range(first_column // 4 * 4, column_end, SIZE):
             column_begin = tl.multiple_of(column_begin, 4)
             p, _ = _weights(
                 query, key, lse, problem, batch, head, row_begin, row_end, column_begin, column_end, head_dim,
                 PRECISION, SIZE, DIM,
             )  # fmt: skip
-            total += tl.where(column_begin + tl.arange(0, SIZE) >= first_column, tl.sum(p, axis=0), 0.0)
-    mean = tl.sum(total, axis=0) / ((row_end - first_row).to(dtype) * (column_end - first_column).to(dtype))
-    tl.store(out + tl.program_id(0).to(tl.int64), mean.to(out.dtype.element_ty))
+            columns = column_begin + tl.arange(0, SIZE)
+            p = tl.where((columns >= first_column)[None, :], p, 0.0)
+            if CELLS == 1:
+                total += tl.sum(p)
+            else:
+                of_row = (row_begin + tl.arange(0, SIZE) - first_row) // pool_size
+                of_column = tl.maximum(columns - first_column, 0) // pool_size
+                queries = (each[:, None] == of_row[None, :]).to(dtype)
+                keys = (of_column[:, None] == each[None, :]).to(dtype)
+                # 0 * NaN is NaN: a weight that is not finite is counted, and lost to its cell alone.
+                finite = p - p == 0
+                part = tl.dot(queries, tl.where(finite, p, 0.0), input_precision="ieee", out_dtype=dtype)
+                total = tl.dot(part, keys, total, input_precision="ieee", out_dtype=dtype)
+                if not all_finite(p):
+                    part = tl.dot(
+                        queries, tl.where(finite, 0.0, 1.0).to(dtype), input_precision="ieee", out_dtype=dtype
+                    )
+                    lost = tl.dot(part, keys, lost, input_precision="ieee", out_dtype=dtype)
+    at_q, at_k = first_q + each, first_k + each
+    high = tl.minimum((at_q + 1) * pool_size, problem.seq_len_q) - at_q * pool_size
+    wide = tl.minimum((at_k + 1) * pool_size, problem.seq_len_k) - at_k * pool_size
+    inside = ((each < side) & (at_q < cells_q))[:, None] & ((each < side) & (at_k < cells_k))[None, :]
+    mean = tl.where(lost > 0, float("nan"), total) / (high.to(dtype)[:, None] * wide.to(dtype)[None, :])
+    to = (plane.to(tl.int64) * cells_q + at_q)[:, None] * cells_k + at_k[None, :]
+    tl.store(out + to, mean.to(out.dtype.element_ty), mask=inside)
 
 
 def _launched(
@@ -278,9 +382,15 @@ def _launched(
         return _entropy_kernel, blocks * planes, (*inputs, result, given, head_dim), options
     if call.reduce == "top_k":
         both = (*inputs, result, indices, given, head_dim, call.top_k)
-        return _top_k_kernel, blocks * planes, both, options
-    cells = result.shape[2] * result.shape[3] * planes
-    return _pooled_kernel, cells, (*inputs, result, given, head_dim, call.pool_size), options
+        if lse_dtype(attention.query.dtype) == torch.float64:
+            return _top_k_float64_kernel, blocks * planes, both, options
+        ranks = max(4, min(MOST_RANKS, size, 1 << (call.top_k - 1).bit_length()))
+        return _top_k_kernel, blocks * planes, both, {"RANKS": ranks, **options}
+    # Cells begin at any column, and a tile at a multiple of 4.
+    side = max(1, (size if call.pool_size % 4 == 0 else size - 3) // call.pool_size)
+    squares = cdiv(result.shape[2], side) * cdiv(result.shape[3], side) * planes
+    arguments = (*inputs, result, given, head_dim, call.pool_size, side)
+    return _pooled_kernel, squares, arguments, {"CELLS": padded(side) if side > 1 else 1, **options}
 
 
 def attention_weights_fwd(call: WeightsCall) -> tuple[Tensor, Tensor]:

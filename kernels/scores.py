@@ -26,6 +26,8 @@ def empty_statistics(call: AttentionCall, lse: Tensor) -> Statistics:
 def load_statistics(statistics, begin, limit, ROWS: tl.constexpr, TURNED: tl.constexpr, CHECKED: tl.constexpr):
     """Returns shift, factor and delta of queries [begin, begin + ROWS), [1, ROWS] where TURNED, otherwise [ROWS, 1].
 
+    Where TURNED, delta is a pointer yet: a thread has as many of them as of columns, and needs them last.
+
     Args:
         statistics: pointers to those of query 0, the second perhaps None.
         limit: where CHECKED, queries from it on have none.
@@ -37,7 +39,9 @@ def load_statistics(statistics, begin, limit, ROWS: tl.constexpr, TURNED: tl.con
     share = 1.0
     if factor is not None:
         share = tl.load(factor + rows, mask=inside)
-    return tl.load(shift + rows, mask=inside), share, tl.load(delta + rows, mask=inside)
+    if not TURNED:
+        delta = tl.load(delta + rows, mask=inside)
+    return tl.load(shift + rows, mask=inside), share, delta
 
 
 @triton.jit
@@ -78,6 +82,8 @@ def score_gradients(
             keep = tl.trans(keep)
         dropped = tl.where(keep, p * problem.dropout.rescale, 0.0)
         dp = tl.where(keep, dp * problem.dropout.rescale, 0.0)
+    if TURNED:
+        delta = tl.load(delta + rows, mask=(rows < problem.seq_len_q) if MASKED else None)
     ds = p * (dp - delta)
     if MASKED:
         # What is invisible may be NaN, and so may what it is multiplied by.

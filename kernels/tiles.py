@@ -78,19 +78,36 @@ FORWARD_RICH[100] = FORWARD_RICH[90]
 BACKWARD_KEYS: Table = {
     ANY: _SMALL,
     80: {
-        (2, 64): (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
-        (2, 128): (Tile(32, 128, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
-        (2, 256): (Tile(32, 64, 8, 1), Tile(16, 32, 4, 1)),
+        (2, 64): (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+        (2, 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
         **_WIDE,
     },
     90: {
-        (2, 64): (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2)),
-        (2, 256): (Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+        (2, 64): (Tile(64, 128, 8, 3), Tile(64, 64, 4, 2)),
+        (2, 128): (Tile(32, 128, 8, 3), Tile(32, 64, 8, 2)),
+        (2, 256): (Tile(16, 64, 8, 2), Tile(16, 32, 4, 2, boxes=False)),
         **_WIDE,
     },
 }
 BACKWARD_KEYS[100] = BACKWARD_KEYS[90]
+# The same for calls whose scores are more than products (bias, softcap) or that drop.
+BACKWARD_KEYS_RICH: Table = {
+    ANY: _SMALL,
+    80: {
+        (2, 64): (Tile(16, 64, 8, 1), Tile(32, 32, 4, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1), Tile(32, 32, 4, 1)),
+        (2, 256): (Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
+        **_WIDE,
+    },
+    90: {
+        (2, 64): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1)),
+        (2, 128): (Tile(16, 64, 8, 2), Tile(16, 32, 4, 2, boxes=False)),
+        (2, 256): (Tile(16, 64, 8, 2, boxes=False), Tile(16, 32, 4, 2, boxes=False)),
+        **_WIDE,
+    },
+}
+BACKWARD_KEYS_RICH[100] = BACKWARD_KEYS_RICH[90]
 # The queries whose gradients a program owns, then keys a step.
 BACKWARD_QUERIES: Table = {
     ANY: _SMALL,
@@ -101,9 +118,9 @@ BACKWARD_QUERIES: Table = {
         **_WIDE,
     },
     90: {
-        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (2, 256): (Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+        (2, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (2, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (2, 256): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         **_WIDE,
     },
 }
@@ -138,6 +155,7 @@ TABLES: dict[str, Table] = {
     "forward_rich": FORWARD_RICH,
     "decode": DECODE,
     "backward_keys": BACKWARD_KEYS,
+    "backward_keys_rich": BACKWARD_KEYS_RICH,
     "backward_queries": BACKWARD_QUERIES,
     "square": SQUARE,
 }
@@ -153,6 +171,7 @@ _ALIVE: dict[str, tuple[int, tuple[int, ...]]] = {
     "forward_rich": (1, (0,)),
     "decode": (1, (0,)),
     "backward_keys": (2, (1, 1)),
+    "backward_keys_rich": (2, (1, 1)),
     "backward_queries": (2, (0,)),
     "square": (2, ()),
 }
@@ -194,7 +213,7 @@ def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Ti
             continue
         accumulators = scores * rows * columns + sum((rows, columns)[axis] * dim for axis in sums)
         # A step's two tiles for each stage, and what stays for the whole loop.
-        step, stay = (rows, columns) if name == "backward_keys" else (columns, rows)
+        step, stay = (rows, columns) if name.startswith("backward_keys") else (columns, rows)
         shared = size * dim * (2 * step * num_stages + stay)
         if accumulators * max(size, 4) > 4 * 32 * num_warps * _ACCUMULATORS or shared > _SHARED[known]:
             continue

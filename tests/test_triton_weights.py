@@ -63,7 +63,8 @@ def test_poison_that_is_masked_does_not_exist_and_poison_that_is_seen_does(reduc
     options = {"mask": Dense(visible), "reduce": reduce, "backend": "triton", "top_k": 3 if reduce == "top_k" else None}
     found, expected = (fastattn.attention_weights(query, k, **options) for k in (key, clean))
     for got, want in zip(found, expected, strict=True):
-        assert torch.equal(got, want)
+        # Of poisoned rows the lse is added up once more, perhaps in another order.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     query[0, 1, 66] = float("nan")
     result = fastattn.attention_weights(query, clean, **options)
     result = result[0] if reduce == "top_k" else result
