@@ -197,6 +197,8 @@ def test_bias_and_sinks_of_another_dtype(bias_dtype: torch.dtype, backend: str) 
 @pytest.mark.parametrize("missing", ["query", "key", "value", "bias", "sinks", "table"])
 def test_only_needed_gradients(missing: str, backend: str, native: torch.dtype) -> None:
     case = CASES["relative" if missing == "table" else "everything"]
+    if backend == "triton" and missing != "table":  # two tiles each way, interpreted
+        case = replace(case, batch=2, seq_len=(70, 90))
     complete = run(inputs(case).to(native), backend).grads
     given = inputs(case).to(native)
     given.leaves[missing].requires_grad_(False)
