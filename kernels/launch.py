@@ -25,10 +25,7 @@ class Tile(NamedTuple):
         num_warps: a program.
         num_stages: tiles that are on their way from memory.
         boxes: whether the GPU's copy engine fetches tiles where it can (``boxes.py``).
-        persistent: whether there are as many programs as run at once, each of which takes block after block.
-        specialized: whether the compiler gives loading and multiplying to warps of their own.
-
-    Kernels that do not have one of the last three take no notice of it.
+            Kernels that have no descriptors take no notice of it.
     """
 
     rows: int
@@ -36,16 +33,13 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     boxes: bool = True
-    persistent: bool = False
-    specialized: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
-        extra = [name for name in ("persistent", "specialized") if getattr(self, name)]
-        return ", ".join([str(tuple(self[:4])), *([] if self.boxes else ["pointers"]), *extra])
+        return f"{tuple(self[:4])}" if self.boxes else f"{tuple(self[:4])}, pointers"
 
 
 class Configuration(NamedTuple):

@@ -179,27 +179,31 @@ def over_keys(
 
 
 @triton.jit
-def finish(state, sinks, heads, dropout):
+def finish(state, sinks, heads, dropout, dtype: tl.constexpr):
     """Returns the output of a state and the log of its softmax's denominator in powers of two, float64 [ROWS].
 
     Args:
         sinks: [num_heads_q], or None; a sink is one more score, without a value.
         heads: of each query, int32 [ROWS], or one for all.
         dropout: Dropout.
+        dtype: of the inputs. In half precision logarithms are float32's, off by 2^-22 of themselves: a float64's takes
+            as long as a step over the keys.
     """
+    narrow: tl.constexpr = tl.float32 if dtype.primitive_bitwidth == 16 else tl.float64
     out, top, total = state
     shift = tl.where(top == float("-inf"), 0.0, top)
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
-    log_total = tl.where(nothing, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(tl.float64)))
+    log_total = tl.where(nothing, float("-inf"), shift.to(tl.float64) + tl.log2(total.to(narrow)).to(tl.float64))
     log_total = tl.where(top == float("inf"), float("inf"), log_total)
     factor = tl.where(nothing, 0.0, inverse(total))
     if sinks is not None:
         sink = tl.load(sinks + heads).to(tl.float64) * LOG2_E
         greater = tl.maximum(log_total, sink)
-        both = greater + tl.log2(tl.exp2(log_total - greater) + tl.exp2(sink - greater))
+        parts = tl.exp2((log_total - greater).to(narrow)) + tl.exp2((sink - greater).to(narrow))
+        both = greater + tl.log2(parts).to(tl.float64)
         both = tl.where(greater == float("-inf"), greater, both)
-        factor = tl.where(nothing, 0.0, tl.exp2(shift.to(tl.float64) - both)).to(out.dtype)
+        factor = tl.where(nothing, 0.0, tl.exp2((shift.to(tl.float64) - both).to(narrow))).to(out.dtype)
         log_total = both
     if dropout.state is not None:
         factor *= dropout.rescale
