@@ -39,21 +39,28 @@ _WIDE: Choices = {
     (8, 128): (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
     (8, 256): (Tile(16, 16, 8, 1),),
 }
+# The forward's, which hold an output besides: the largest whose registers suffice.
+_WIDE_FORWARD: Choices = {
+    **_WIDE,
+    (4, 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    (4, 128): (Tile(32, 16, 8, 2), Tile(32, 16, 4, 1)),
+    (4, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+}
 # Queries, then keys.
 FORWARD: Table = {
     ANY: _SMALL,
     80: {
         (2, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 32, 4, 2)),
         (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        **_WIDE,
+        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+        **_WIDE_FORWARD,
     },
     # 128 keys a step: the output is scaled half as often, and a step multiplies for longer than its exponentials take.
     90: {
         (2, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)),
         (2, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
         (2, 256): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
-        **_WIDE,
+        **_WIDE_FORWARD,
     },
 }
 FORWARD[100] = FORWARD[90]
@@ -64,13 +71,13 @@ FORWARD_RICH: Table = {
         (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
-        **_WIDE,
+        **_WIDE_FORWARD,
     },
     90: {
         (2, 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
         (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
-        **_WIDE,
+        **_WIDE_FORWARD,
     },
 }
 FORWARD_RICH[100] = FORWARD_RICH[90]
