@@ -19,6 +19,7 @@ from fastattn.kernels import philox
 from fastattn.kernels.dropout import dropout_argument
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import number
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import matrix, power_of_two, warps
 from fastattn.kernels.tile import accumulator
 from fastattn.spec.embedding import EmbeddingBackwardCall, EmbeddingCall, empty_gradients, empty_output
@@ -134,6 +135,7 @@ def embedding_backward(
     tl.store(grad + row * columns + column, found.to(grad.dtype.element_ty), mask=column < columns)
 
 
+@replayed
 def embedding_fwd(call: EmbeddingCall) -> Tensor:
     """Returns the result of a canonical call, contiguous."""
     out = empty_output(call)

@@ -156,7 +156,11 @@ def _kind(args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
     types = tuple(map(type, values))
     tensors = [v for v, t in zip(values, types, strict=True) if t in _TENSORS]
     rest = tuple([v for v, t in zip(values, types, strict=True) if t not in _TENSORS])
-    shapes = tuple([(t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in tensors])
+    pointers = [t.data_ptr() for t in tensors]
+    # The index, because a tensor that stands for two arguments here would stand for both of them ever after.
+    shapes = tuple(
+        [(t.dtype, t.shape, t.stride(), p & 15, pointers.index(p)) for t, p in zip(tensors, pointers, strict=True)]
+    )
     return (types, rest, shapes, tensors[0].get_device()), tensors
 
 
@@ -197,14 +201,30 @@ def _record(function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> t
 def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan | None:
     """Returns the plan of what was recorded, if it can have one."""
     allocated = recording.allocated
-    owners = {t.untyped_storage()._cdata: at for at, t in enumerate((*tensors, *allocated))}
     every = (*tensors, *allocated)
+    storages = [t.untyped_storage()._cdata for t in every]
     constants: list[Any] = []
 
+    def owner(tensor: Tensor) -> int:
+        """Returns which of all tensors this one is, or is a view of; -1 for none of them.
+
+        Raises:
+            KeyError: it is a view of more than one, and nobody knows of which.
+        """
+        storage = tensor.untyped_storage()._cdata
+        mine = [at for at, other in enumerate(storages) if other == storage]
+        here = [at for at in mine if every[at].data_ptr() == tensor.data_ptr()]
+        if not here and len(mine) > 1:
+            raise KeyError
+        return (*here, *mine, -1)[0]
+
     def source(value: Any) -> str:
-        """Returns Python that makes an argument of pointers ``p`` and constants ``c``."""
-        if isinstance(value, Tensor):
-            at = owners[value.untyped_storage()._cdata]
+        """Returns Python that makes an argument of pointers ``p`` and constants ``c``.
+
+        A tensor that is neither the caller's nor was allocated is a constant too: one that its function keeps.
+        """
+        at = owner(value) if isinstance(value, Tensor) else -1
+        if at >= 0:
             return f"p[{at}] + {value.data_ptr() - every[at].data_ptr()}"
         if isinstance(value, tuple):
             return "(" + "".join(source(item) + ", " for item in value) + ")"
@@ -217,9 +237,9 @@ def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan
     def result_source(value: Any) -> str:
         """The same for what is returned, of allocated tensors ``a``."""
         if isinstance(value, Tensor):
-            at = owners[value.untyped_storage()._cdata] - len(tensors)
+            at = storages.index(value.untyped_storage()._cdata) - len(tensors)
             if at < 0:
-                raise KeyError
+                raise ValueError
             same = allocated[at]
             if (value.shape, value.stride(), value.storage_offset()) == (same.shape, same.stride(), 0):
                 return f"a[{at}]"
@@ -238,8 +258,8 @@ def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan
             x, y, z = (*grid, 1, 1)[:3]
             launches.append((compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, make))
         returned = eval(f"lambda a: {result_source(result)}", scope)
-    except KeyError:
-        # A tensor that is neither the caller's nor was allocated here.
+    except (KeyError, ValueError):
+        # An argument is a view of nobody knows which tensor, or what is returned was not allocated here.
         return None
     return _Plan([(tuple(t.shape), t.stride(), t.dtype) for t in allocated], launches, returned)
 

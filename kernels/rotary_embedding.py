@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn.kernels.arguments import View, view
 from fastattn.kernels.launch import Configuration, Launch, run
 from fastattn.kernels.numbers import number
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import power_of_two
 from fastattn.kernels.tile import accumulator
 from fastattn.reference import rotary_embedding as formula
@@ -179,6 +180,7 @@ def rotary_embedding_kernel(
             )
 
 
+@replayed
 def rotary_embedding_fwd(call: RotaryEmbeddingCall) -> tuple[Tensor, Tensor]:
     """Returns query and key of a canonical call rotated; the second is empty without a key."""
     call = formula.with_tables(call)
