@@ -43,8 +43,8 @@ class Mask(NamedTuple):
         diag_lo: least ``key - query``, clamped so that sums with positions fit in 32 bits; None for an open band.
         diag_hi: largest; None with ``diag_lo``.
         key_lengths: int32 [batch], or None.
-        segments_q: int32 [batch, seq_len_q], or None.
-        segments_k: int32 [batch, seq_len_k], or None.
+        segments_q: int32 or int64 [batch, seq_len_q], or None.
+        segments_k: int32 or int64 [batch, seq_len_k], or None.
     """
 
     dense: View
@@ -151,11 +151,11 @@ def problem(call: AttentionCall) -> Problem:
     """Returns what the scores of ``call`` depend on."""
     _, num_heads_q, seq_len_q, seq_len_k = call.shape
     dtype = call.query.dtype
-    relative_bias = None if call.relative_bias is None else call.relative_bias[None, :, None]
+    relative_bias = None if call.relative_bias is None else _wide(call.relative_bias, dtype)[None, :, None]
     plain = not call.softcap and call.bias is None and relative_bias is None
     return Problem(
         mask(call),
-        broadcast(call.bias),
+        broadcast(None if call.bias is None else _wide(call.bias, dtype)),
         broadcast(relative_bias),
         Dropout(call.dropout_state, int(call.dropout_p * 2.0**32), number(1.0 / (1.0 - call.dropout_p), dtype)),
         _packing(call),
@@ -186,4 +186,15 @@ def mask(call: AttentionCall) -> Mask:
         lo = min(max(call.diag_lo, -below), above + 1)
         hi = max(min(call.diag_hi, above), -below - 1)
     dense = None if call.dense_mask is None else call.dense_mask.view(torch.uint8)
-    return Mask(broadcast(dense), lo, hi, call.key_lengths, call.segments_q, call.segments_k)
+    dense, segments_q, segments_k = (
+        None if t is None else _wide(t, call.query.dtype) for t in (dense, call.segments_q, call.segments_k)
+    )
+    return Mask(broadcast(dense), lo, hi, call.key_lengths, segments_q, segments_k)
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``tensor`` with elements of 64 bits where the call's dtype has them: the compiler of Triton 3.6 fails on
+    a float64 product of which an operand depends on loads of narrower ones."""
+    if dtype != torch.float64 or tensor.element_size() == 8:
+        return tensor
+    return tensor.double() if tensor.is_floating_point() else tensor.long()
