@@ -28,6 +28,7 @@ from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.attention_backward_launches import Grads, Sums
 from fastattn.kernels.attention_bias_backward import bias_gradient, relative_bias_gradient
 from fastattn.kernels.launch import Configuration, Launch, Tile, architecture, cdiv, launch, padded, precision, start
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.scores import Statistics, empty_statistics, score_gradients
 from fastattn.kernels.tile import LOG2_E, accumulator, block_and_plane, load_rows, split_log_total
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
@@ -152,6 +153,7 @@ def _empty_grad(call: AttentionCall, field: str) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format if plain else torch.preserve_format)
 
 
+@replayed
 def attention_bwd(
     call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:

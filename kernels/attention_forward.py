@@ -16,7 +16,8 @@ from torch import Tensor
 from fastattn.kernels import decode, masking, packing, tiles
 from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.boxes import box
-from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
+from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision, start
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2, block_and_plane, load_rows, store_rows
 from fastattn.spec.attention import AttentionCall, empty_output
@@ -115,6 +116,7 @@ def _table(call: AttentionCall) -> tiles.Table:
     return tiles.FORWARD if lean else tiles.FORWARD_RICH
 
 
+@replayed
 def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a call that is not empty."""
     out, lse = empty_output(call)
@@ -125,11 +127,11 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, num_heads_q, seq_len_q, _ = call.shape
     known = architecture(call.query.device)
 
-    def start(tile: Tile) -> None:
+    def begin(tile: Tile) -> None:
         grid = (cdiv(seq_len_q, tile.rows) * batch * num_heads_q,)
-        _attention_fwd_kernel[grid](*_arguments(call, out, lse, tile, known), **_options(call, tile))
+        start((_attention_fwd_kernel, grid, _arguments(call, out, lse, tile, known), _options(call, tile)))
 
-    launch("attention", tiles.choose(_table(call), call, known), start)
+    launch("attention", tiles.choose(_table(call), call, known), begin)
     return out, lse
 
 

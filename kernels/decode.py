@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastattn.kernels import masking, tiles
 from fastattn.kernels.arguments import View, problem, view
-from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision
+from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision, start
+from fastattn.kernels.replay import replayed
 from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2
 from fastattn.masks import OPEN_LO
@@ -255,13 +256,14 @@ def _launches(
 def decode_fwd(call: AttentionCall, out: Tensor, lse: Tensor, splits: int, paged: PagedCall | None = None) -> None:
     """Writes out and lse of a call of a few queries, its keys shared out among ``splits`` programs or fewer."""
 
-    def start(tile: Tile) -> None:
+    def begin(tile: Tile) -> None:
         for kernel, programs, arguments, options in _launches(call, out, lse, splits, tile, paged):
-            kernel[(programs,)](*arguments, **options)
+            start((kernel, (programs,), arguments, options))
 
-    launch("attention, a few queries", tiles.choose(tiles.DECODE, call, architecture(call.query.device)), start)
+    launch("attention, a few queries", tiles.choose(tiles.DECODE, call, architecture(call.query.device)), begin)
 
 
+@replayed
 def paged_fwd(paged: PagedCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a call over a paged cache that is not empty, whatever its number of queries."""
     call = _as_attention(paged)

@@ -43,6 +43,7 @@ from triton.runtime import driver  # noqa: E402
 import fastattn  # noqa: E402
 from fastattn.backends.triton import TritonBackend  # noqa: E402
 from fastattn.kernels import replay  # noqa: E402
+from fastattn.masks import Causal, KeyLengths  # noqa: E402
 
 launched: list[tuple[tuple[int, ...], list[Any]]] = []
 
@@ -113,6 +114,7 @@ def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
     x, weight, bias = bfloat16(64, 256), bfloat16(256), bfloat16(256)
     w_in, w_out = bfloat16(512, 256), bfloat16(256, 512)
     query, key = bfloat16(2, 4, 200, 64), bfloat16(2, 2, 200, 64)
+    lengths, leaf = torch.tensor([100, 200], dtype=torch.int32), bfloat16(2, 4, 200, 64).requires_grad_()
     return {
         "softmax": ([x], fastattn.softmax),
         "softmax, in shares": ([bfloat16(2, 1 << 18)], fastattn.softmax),
@@ -121,6 +123,18 @@ def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
         "embedding": ([torch.tensor([[1, 2, 0]]), w_in], lambda ids, w: fastattn.embedding(ids, w, scale=2.0)),
         "rotary embedding": ([query, key], fastattn.rotary_embedding),
         "feed-forward": ([x, w_in, w_out], lambda x, i, o: fastattn.feed_forward(x, i, None, o, None)),
+        "attention": ([query, key, key], lambda q, k, v: fastattn.attention(q, k, v, return_lse=True)),
+        "masked": (
+            [query, key, key, lengths],
+            lambda q, k, v, n: fastattn.attention(q, k, v, mask=Causal() & KeyLengths(n)),
+        ),
+        "decode": ([query[:, :, :1], key, key], fastattn.attention),
+        "attention of others": ([query, query, query.clone()], fastattn.attention),
+        "pages": (
+            [query[:, :, :1], bfloat16(8, 16, 2, 64), bfloat16(8, 16, 2, 64), lengths // 4],
+            lambda q, k, v, n: fastattn.paged_attention(q, k, v, torch.arange(8, dtype=torch.int32).view(2, 4), n),
+        ),
+        "gradients": ([leaf, query, query], lambda q, k, v: torch.autograd.grad(fastattn.attention(q, k, v), q, k)),
     }
 
 

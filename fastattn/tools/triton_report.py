@@ -38,6 +38,8 @@ MODULES = (
     "rotary_embedding",
     "embedding",
     "linear_cross_entropy_one_pass",
+    "attention_forward",
+    "decode",
 )
 REPORT = Path("docs/triton-report.md")
 _HEAD = """# What the compiler made of the Triton kernels
@@ -216,7 +218,8 @@ def _collect(kernel: Any, found: dict[str, str]) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    found[name] = ast.dump(tree)
+    # Not the tree's own dump, which is another one in each version of Python.
+    found[name] = ast.unparse(tree)
     scope = kernel.fn.__globals__
     for node in ast.walk(tree):
         used: Any = None
@@ -226,7 +229,7 @@ def _collect(kernel: Any, found: dict[str, str]) -> None:
             module = scope.get(node.value.id)
             used = getattr(module, node.attr, None) if isinstance(module, ModuleType) else None
         if isinstance(used, constexpr):
-            found[f"{name} {ast.dump(node)}"] = repr(used.value)
+            found[f"{name} {ast.unparse(node)}"] = repr(used.value)
         elif isinstance(used, JITFunction) and used.fn.__module__.startswith("fastattn."):
             _collect(used, found)
 
