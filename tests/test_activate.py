@@ -99,9 +99,9 @@ def served(monkeypatch):
     seen = []
     original = _dispatch.choose
 
-    def choose(op, call):
+    def choose(op, call, *failed):
         seen.append(op)
-        return original(op, call)
+        return original(op, call, *failed)
 
     monkeypatch.setattr(_dispatch, "choose", choose)
     return seen
@@ -249,7 +249,7 @@ def test_a_mask_together_with_is_causal_means_what_it_means_to_pytorch(served):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_fastattn_refuses_is_served_by_pytorch_with_one_warning(compiled, monkeypatch):
-    def refuse(op, call):
+    def refuse(op, call, *failed):
         raise fastattn.UnsupportedError(op, {"cpu": ["is asleep"]})
 
     torch._dynamo.reset()
