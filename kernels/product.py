@@ -3,6 +3,8 @@
 A program computes a tile of the result; programs that share tiles of either matrix run one after another, so that these
 stay in the cache.  Where the GPU has a copy engine (TMA) and a matrix is aligned, it fetches the tiles; otherwise they
 come by pointers.  A deep product with few tiles is cut in depth, and the parts are added in order.
+
+Longer than 400 lines because one tile of a product has many forms of fetching and of finishing, which all share it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The feed-forward block: every backend and instruction set against the formula in float64 and eager PyTorch."""
+"""The feed-forward block: every backend and instruction set against the formula in float64 and eager PyTorch.
+
+Long because every form of the block (activation, gate, dropouts, residual) is held against it with one set of helpers.
+"""
 
 from __future__ import annotations
 

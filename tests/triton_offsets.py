@@ -21,23 +21,10 @@ from fastattn.biases import Alibi
 from fastattn.masks import Dense, Segments, Window
 from fastattn.spec.attention import AttentionCall, attention_call
 from fastattn.spec.softmax import SoftmaxBackwardCall, softmax_call
+from fastattn.tools import triton_report
 
-MODULES = (
-    "attention_forward",
-    "decode",
-    "attention_backward",
-    "attention_bias_backward",
-    "attention_weights",
-    "softmax",
-    "norm",
-    "dropout",
-    "sums",
-    "product",
-    "feed_forward",
-    "linear_cross_entropy",
-    "rotary_embedding",
-    "embedding",
-)
+# Those of the report, and what it does not hold yet.
+MODULES = (*triton_report.MODULES, "attention_backward", "attention_bias_backward", "attention_weights")
 # Numbers of heads, shares or batch entries, whose products count programs; and how many keys or classes a share or a
 # cell has, whose products stay below the number of all.
 FEW = re.compile(
