@@ -29,7 +29,8 @@ tests:
 # the runtime is loaded before Python, and leaks are not looked for. PYTHONSAFEPATH: the checkout's own build is not meant.
 SANITIZED_TESTS ?= $(addprefix tests/test_, attention.py cpu_attention.py amx_attention.py attention_weights.py \
 	attention_with_weights.py softmax.py norm.py streamed_results.py feed_forward.py linear.py linear_cross_entropy.py \
-	plain_calls.py plain_gradients.py varlen_attention.py properties.py properties_rows.py concurrency.py)
+	plain_calls.py plain_gradients.py varlen_attention.py paged_attention.py rotary_embedding.py embedding.py dropout.py \
+	properties.py properties_rows.py concurrency.py)
 runtime = $$($${CXX:-g++} -print-file-name=lib$(1).so)
 sanitized = PYTHONSAFEPATH=1 PYTHONPATH=$$(echo $(CURDIR)/build/$(1)/lib*) $(PYTHON)
 

@@ -55,6 +55,13 @@ def ops() -> dict[str, Op]:
             f"decode {name}": _attention(*qkv(1, 2, 1, 1, 900, 16, dtype)),
             f"softmax {name}": _softmax(randn(40, 700, dtype=dtype), dim=-1),
             f"layer_norm {name}": _norm(fastattn.layer_norm, randn(100, 200, dtype=dtype), randn(200, dtype=dtype)),
+            f"embedding {name}": _embedding(
+                torch.randint(0, 40, (4, 50), generator=rng), randn(40, 72, dtype=dtype), randn(60, 72, dtype=dtype)
+            ),
+            f"rotary_embedding {name}": _differentiated(
+                lambda *t: torch.cat(fastattn.rotary_embedding(*t, offset=3, backend="cpu"), dim=1),
+                [randn(2, 4, 80, 32, dtype=dtype), randn(2, 2, 80, 32, dtype=dtype)],
+            ),
         }
         for tokens in (3, 200):  # few tokens have a kernel of their own
             for activation, gated in (("gelu", False), ("silu", True)):
@@ -63,6 +70,7 @@ def ops() -> dict[str, Op]:
                     + [randn(20, 300, dtype=dtype), randn(20, dtype=dtype)]
                     + ([randn(300, 24, dtype=dtype), randn(300, dtype=dtype)] if gated else []),
                     activation,
+                    randn(tokens, 20, dtype=dtype) if gated else None,
                 )
         if dtype != torch.float64:
             found[f"linear {name}"] = _linear(
@@ -97,6 +105,10 @@ def ops() -> dict[str, Op]:
             [randn(150, 2, 16), randn(200, 2, 16), randn(200, 2, 16)],
         ),
     }
+    for dtype in (torch.float32, torch.bfloat16):
+        found[f"paged attention {dtype}"] = _paged(
+            randn(2, 4, 1, 32, dtype=dtype), randn(80, 16, 2, 32, dtype=dtype), [600, 37]
+        )
     for tensors in (long, qkv(2, 4, 2, 200, 330, 64, torch.bfloat16)):
         call = attention_call(*tensors, mask=Causal(), backend="cpu")
         found[f"attention with weights {call.query.dtype}"] = lambda call=call: list(attend_with_weights(call))
@@ -151,12 +163,14 @@ def _norm(op: Callable[..., Tensor], input: Tensor, weight: Tensor) -> Op:
     )
 
 
-def _feed_forward(tensors: list[Tensor], activation: str) -> Op:
+def _feed_forward(tensors: list[Tensor], activation: str, residual: Tensor | None) -> Op:
+    added = {} if residual is None else {"residual": residual, "output_dropout_p": 0.3}
+
     def call(*t: Tensor) -> Tensor:
         gate = {"weight_gate": t[5], "bias_gate": t[6]} if len(t) > 5 else {}
         generator = torch.Generator().manual_seed(7)
         return fastattn.feed_forward(
-            *t[:5], **gate, activation=activation, dropout_p=0.2, generator=generator, backend="cpu"
+            *t[:5], **gate, **added, activation=activation, dropout_p=0.2, generator=generator, backend="cpu"
         )
 
     return _differentiated(call, tensors)
@@ -178,6 +192,22 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Op:
     return _differentiated(
         lambda h, w: fastattn.linear_cross_entropy(h, w, target, label_smoothing=0.1, backend="cpu"), [hidden, weight]
     )
+
+
+def _embedding(ids: Tensor, weight: Tensor, position_table: Tensor) -> Op:
+    def call(weight: Tensor, position_table: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(11)
+        return fastattn.embedding(
+            ids, weight, position_table=position_table, dropout_p=0.2, generator=generator, backend="cpu"
+        )
+
+    return _differentiated(call, [weight, position_table])
+
+
+def _paged(query: Tensor, cache: Tensor, lengths: list[int]) -> Op:
+    pages = -(-max(lengths) // cache.shape[1])
+    table = torch.arange(len(lengths) * pages, dtype=torch.int32).view(len(lengths), pages)
+    return lambda: [fastattn.paged_attention(query, cache, cache, table, torch.tensor(lengths), backend="cpu")]
 
 
 def bits(tensors: list[Tensor]) -> list[bytes]:
