@@ -26,6 +26,8 @@ class Tile(NamedTuple):
         num_stages: tiles that are on their way from memory.
         boxes: whether the GPU's copy engine fetches tiles where it can (``boxes.py``).
             Kernels that have no descriptors take no notice of it.
+        persistent: whether attention's forward has as many programs as run at once, each of which takes block after
+            block. Other kernels take no notice of it.
     """
 
     rows: int
@@ -33,13 +35,14 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     boxes: bool = True
+    persistent: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
-        return f"{tuple(self[:4])}" if self.boxes else f"{tuple(self[:4])}, pointers"
+        return f"{tuple(self[:4])}{'' if self.boxes else ', pointers'}{', persistent' if self.persistent else ''}"
 
 
 class Configuration(NamedTuple):

@@ -104,6 +104,15 @@ def keys(problem, view):
     return data
 
 
+@triton.jit
+def key_row(problem, row):
+    """Returns which row of the tensor is key number ``row`` of the sequence, int32: a descriptor is of the tensor."""
+    found = row
+    if problem.packing.starts_q is not None:
+        found = row + problem.packing.begin_k.to(tl.int32)
+    return found
+
+
 def at(problem: Any, view: Any, data: Any) -> Any:
     """Returns a View that begins with the rows of the sequence, at ``data``; without packing as it is."""
     return view if _absent(problem.packing.starts_q) or _absent(view.data) else _replaced(view, data=data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels import masking, philox
+from fastattn.kernels import masking, packing, philox
 from fastattn.kernels.numbers import inverse
 from fastattn.kernels.tile import LOG2_E, accumulator, all_finite, finish_scores, load_rows
 from fastattn.spec.attention import AttentionCall
@@ -33,18 +33,21 @@ def nothing_yet(dtype: tl.constexpr, ROWS: tl.constexpr, DIM_V: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    view, box, pages, batch, head, begin, limit, columns, PAGE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-    CHECKED: tl.constexpr,
+    view, box, pages, problem, batch, head, begin, limit, columns, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Returns keys, or values, [begin, begin + KEYS) of a batch entry, as ``tile.load_rows`` returns rows.
 
     Args:
         view: of [batch, num_heads_kv, seq_len_k, ...], or, where PAGE is not 0, of [pages, num_heads_kv, PAGE, ...].
+        box: descriptor of the whole tensor, or None.
         pages: ``decode.Pages``; a number of its table that is no page's is the nearest that is.
         begin: multiple of KEYS.
     """
-    if PAGE == 0:
-        tile = load_rows(view, batch, head, begin, limit, columns, KEYS, DIM, CHECKED, box)
+    if box is not None:
+        tile = load_rows(view, batch, head, packing.key_row(problem, begin), limit, columns, KEYS, DIM, CHECKED, box)
+    elif PAGE == 0:
+        tile = load_rows(view, batch, head, begin, limit, columns, KEYS, DIM, CHECKED)
     elif PAGE % KEYS == 0:
         # The tile lies in one page.
         page = tl.load(pages.table + batch.to(tl.int64) * pages.stride + begin // PAGE)
@@ -86,10 +89,12 @@ def add_tiles(
         POISONED: whether values may be NaN or infinite where they are invisible.
     """
     out, top, total = state
-    for at in range(begin, end - gap, KEYS):
+    # What is rare shall not take shared memory for tiles that are on their way.
+    STAGES: tl.constexpr = 1 if POISONED else None
+    for at in tl.range(begin, end - gap, KEYS, num_stages=STAGES):
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         columns = (start + tl.arange(0, KEYS))[None, :]
-        k = load_keys(key, key_box, pages, batch, head_kv, start, limit, head_dim, PAGE, KEYS, DIM, MASKED)
+        k = load_keys(key, key_box, pages, problem, batch, head_kv, start, limit, head_dim, PAGE, KEYS, DIM, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
         # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
         if FOLDED:
@@ -112,7 +117,9 @@ def add_tiles(
         if problem.dropout.state is not None:
             planes = batch * problem.num_heads_q + heads
             p = tl.where(philox.keep_of(problem.dropout, planes, rows, start, ROWS, KEYS), p, 0.0)
-        v = load_keys(value, value_box, pages, batch, head_kv, start, limit, head_dim_v, PAGE, KEYS, DIM_V, MASKED)
+        v = load_keys(
+            value, value_box, pages, problem, batch, head_kv, start, limit, head_dim_v, PAGE, KEYS, DIM_V, MASKED
+        )
         out *= alpha[:, None]
         if POISONED:
             seen = masking.visible(
@@ -146,35 +153,69 @@ def _add_each_seen(to, weights, values, seen, KEYS: tl.constexpr):
 
 
 @triton.jit
-def over_keys(
+def over_tiles(
     q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v,
     PRECISION: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns the state over the keys of ``parts``, as ``masking.key_parts`` returns them; see :func:`add_tiles`."""
+    """Returns the state over the keys of ``parts``, as ``masking.key_parts`` returns them; see :func:`add_tiles`. Where
+    :func:`is_poisoned` says so its output is to be made again, by :func:`over_seen_keys`."""
     begin, free_begin, free_end, end = parts
     state = nothing_yet(accumulator(q.dtype), ROWS, DIM_V)
     state = add_tiles(
         state, q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, free_begin, free_end,
         free_end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, False, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
-    # Values of padding may be NaN, which a box would fetch.
-    PADDED: tl.constexpr = problem.mask.key_lengths is not None
-    state = add_tiles(
-        state, q, key, value, None if PADDED else key_box, None if PADDED else value_box, pages, problem, batch,
+    # A box would also fetch padding, and the next one of packed sequences, whose values may be NaN.
+    CUT_OFF: tl.constexpr = problem.mask.key_lengths is not None or problem.packing.starts_q is not None
+    return add_tiles(
+        state, q, key, value, None if CUT_OFF else key_box, None if CUT_OFF else value_box, pages, problem, batch,
         head_kv, heads, rows, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v, PRECISION,
         FOLDED, PAGE, True, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
-    out, top, total = state
+
+
+@triton.jit
+def is_poisoned(problem, out):
+    """Returns whether an output is not finite, perhaps by a value that its row may not see: 0 * NaN is NaN."""
+    poisoned = False
     if masking.hides(problem.mask.diag_lo, problem.mask.key_lengths, problem.mask.segments_q, problem.mask.dense.data):
-        if not all_finite(out):
-            # Perhaps by a value that its row may not see: once more, touching only what may be seen. A few keys a step,
-            # because the registers of this loop are the whole kernel's.
-            out, top, total = add_tiles(
-                nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, None, None, pages, problem, batch,
-                head_kv, heads, rows, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, True,
-                True, ROWS, FEW, DIM, DIM_V,
-            )  # fmt: skip
+        poisoned = not all_finite(out)
+    return poisoned
+
+
+@triton.jit
+def over_seen_keys(
+    q, key, value, pages, problem, batch, head_kv, heads, rows, begin, end, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Returns the state over keys [begin, end), touching only what may be seen; a few keys a step, because the
+    registers of this loop are the whole kernel's. ``begin`` is a multiple of FEW."""
+    return add_tiles(
+        nothing_yet(accumulator(q.dtype), ROWS, DIM_V), q, key, value, None, None, pages, problem, batch, head_kv,
+        heads, rows, begin, end, end, 0, limit, head_dim, head_dim_v, PRECISION, FOLDED, PAGE, True, True, ROWS, FEW,
+        DIM, DIM_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def over_keys(
+    q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, parts, limit, head_dim, head_dim_v,
+    PRECISION: tl.constexpr, FOLDED: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Returns what :func:`over_tiles` does, made again where it is poisoned."""
+    out, top, total = over_tiles(
+        q, key, value, key_box, value_box, pages, problem, batch, head_kv, heads, rows, parts, limit, head_dim,
+        head_dim_v, PRECISION, FOLDED, PAGE, ROWS, KEYS, DIM, DIM_V,
+    )  # fmt: skip
+    if is_poisoned(problem, out):
+        begin, _, _, end = parts
+        out, top, total = over_seen_keys(
+            q, key, value, pages, problem, batch, head_kv, heads, rows, begin, end, limit, head_dim, head_dim_v,
+            PRECISION, FOLDED, PAGE, ROWS, DIM, DIM_V,
+        )  # fmt: skip
     return out, top, total
 
 

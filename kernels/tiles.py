@@ -39,12 +39,22 @@ _WIDE: Choices = {
     (8, 128): (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
     (8, 256): (Tile(16, 16, 8, 1),),
 }
-# The forward's, which hold an output besides: the largest whose registers suffice.
+# The forward's, which hold an output besides. Few keys a step, because a thread loads all of its operands of a product
+# at once, and the compiler runs out of registers for them.
 _WIDE_FORWARD: Choices = {
     **_WIDE,
-    (4, 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    (4, 64): (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     (4, 128): (Tile(32, 16, 8, 2), Tile(32, 16, 4, 1)),
-    (4, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    (4, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    (8, 64): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (8, 128): (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+}
+_WIDE_FORWARD_RICH: Choices = {
+    **_WIDE,
+    (4, 64): (Tile(64, 16, 4, 2), Tile(32, 16, 4, 1)),
+    (4, 128): (Tile(64, 16, 8, 2), Tile(32, 16, 4, 1)),
+    (4, 256): (Tile(64, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    (8, 64): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 # Queries, then keys.
 FORWARD: Table = {
@@ -71,13 +81,13 @@ FORWARD_RICH: Table = {
         (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
-        **_WIDE_FORWARD,
+        **_WIDE_FORWARD_RICH,
     },
     90: {
         (2, 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
-        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
-        **_WIDE_FORWARD,
+        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+        **_WIDE_FORWARD_RICH,
     },
 }
 FORWARD_RICH[100] = FORWARD_RICH[90]
@@ -208,6 +218,8 @@ def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Ti
     table = TABLES[name]
     own = choose(table, call, architecture)
     yield from own
+    if name.startswith("forward"):
+        yield from (tile._replace(persistent=True) for tile in own)
     size, dim = call.query.element_size(), padded(max(call.query.shape[3], call.value.shape[3]))
     scores, sums = _ALIVE[name]
     known = max((a for a in _SHARED if a <= architecture), default=80)

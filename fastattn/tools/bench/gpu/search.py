@@ -106,7 +106,10 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
         own = len(tiles.choose(tiles.TABLES[search.table], call, architecture))
         known = list(tiles.candidates(search.table, call, architecture))
         # Those of the table, then large tiles first: they are what was fast elsewhere.
-        likely = sorted(known[own:], key=lambda tile: (abs(tile.rows - 128), abs(tile.columns - 96), -tile.num_stages))
+        likely = sorted(
+            known[own:],
+            key=lambda tile: (not tile.persistent, abs(tile.rows - 128), abs(tile.columns - 96), -tile.num_stages),
+        )
         found = [tuple(tile) for tile in (*known[:own], *likely)]
     return found[: 2 if tiny else 10 if quick else _MOST]
 
