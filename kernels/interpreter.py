@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.kernels.quick_interpreter import quick
+
 
 def is_interpreting() -> bool:
     """Returns whether kernels run in the interpreter."""
@@ -55,7 +57,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
     interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor = convert, dot, patch_index
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), quick():
             yield
     finally:
         interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor = cut_off, multiply, patch

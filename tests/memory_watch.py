@@ -16,57 +16,89 @@ import pytest
 from torch import Tensor
 from triton.runtime import interpreter
 
+# Of each place in a launch's tensors the program that has read or written it, counted from 1, or that several have.
+# In 16 bits, because there are as many places as elements, untouched ones included: tests have tensors of 2^31.
+_NUMBER = np.int16
+_SEVERAL = -1
+
 
 class _Watch:
-    """What one launch may touch, and what its programs have touched."""
+    """What one launch may touch, and who has touched what."""
 
     def __init__(self, arguments: Iterable[Any]) -> None:
-        extents = sorted(_extents(arguments))
+        tensors = [tensor for tensor in _tensors(arguments) if tensor.numel()]
         merged: list[list[int]] = []
-        for begin, end in extents:
+        for begin, end in sorted(map(_extent, tensors)):
             if merged and begin <= merged[-1][1]:
                 merged[-1][1] = max(end, merged[-1][1])
             else:
                 merged.append([begin, end])
-        self.begins = np.array([begin for begin, _ in merged], dtype=np.uint64)
-        self.ends = np.array([end for _, end in merged], dtype=np.uint64)
-        self.read: dict[tuple[int, ...], list[np.ndarray]] = {}
-        self.written: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self.unit = min((tensor.element_size() for tensor in tensors), default=1)
+        firsts = np.cumsum([0, *((end - begin) // self.unit for begin, end in merged)])
+        self.begins, self.ends = (np.array([extent[side] for extent in merged], dtype=np.uint64) for side in range(2))
+        self.firsts = firsts.astype(np.uint64)
+        # Zeros from the system, which takes no memory for what is not touched.
+        self.readers, self.writers = (np.zeros(firsts[-1], dtype=_NUMBER) for _ in range(2))
+        self.written_twice = self.read_and_written = 0
 
-    def touch(self, pointers: Any, mask: np.ndarray, touched: dict[tuple[int, ...], list[np.ndarray]]) -> None:
+    def places(self, pointers: Any, mask: np.ndarray) -> np.ndarray:
+        """Returns where addresses are among the elements of all tensors."""
         addresses = np.broadcast_to(pointers.data, mask.shape)[mask].reshape(-1)
-        if not addresses.size:
-            return
         size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         at = np.searchsorted(self.begins, addresses, side="right") - 1
         outside = (at < 0) | (addresses + size > self.ends[at])
         assert not outside.any(), f"{outside.sum()} of {addresses.size} addresses lie outside of the launch's tensors"
-        touched.setdefault(interpreter.interpreter_builder.grid_idx, []).append(addresses)
+        return self.firsts[at] + (addresses - self.begins[at]) // np.uint64(self.unit)
+
+    def read(self, pointers: Any, mask: np.ndarray) -> None:
+        if not mask.any():
+            return
+        places, program = self.places(pointers, mask), _program()
+        self.read_and_written += _others(self.writers[places], program).sum()
+        self.readers[places] = np.where(_others(self.readers[places], program), _SEVERAL, program)
+
+    def write(self, pointers: Any, mask: np.ndarray) -> None:
+        if not mask.any():
+            return
+        places, program = self.places(pointers, mask), _program()
+        others = _others(self.writers[places], program)
+        self.written_twice += others.sum()
+        self.read_and_written += _others(self.readers[places], program).sum()
+        self.writers[places] = np.where(others, _SEVERAL, program)
 
     def check_races(self) -> None:
-        written = {program: np.unique(np.concatenate(found)) for program, found in self.written.items()}
-        if not written:
-            return
-        owned = np.sort(np.concatenate(list(written.values())))
-        twice = (owned[1:] == owned[:-1]).sum()
-        assert not twice, f"{twice} addresses are written by more than one program"
-        for program, found in self.read.items():
-            others = np.unique(np.concatenate(found))
-            mine = written.get(program, owned[:0])
-            both = np.setdiff1d(np.intersect1d(others, owned, assume_unique=True), mine, assume_unique=True).size
-            assert not both, f"{both} addresses are read by one program and written by another"
+        assert not self.written_twice, f"{self.written_twice} addresses are written by more than one program"
+        assert not self.read_and_written, (
+            f"{self.read_and_written} addresses are read by one program and written by another"
+        )
 
 
-def _extents(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
+def _program() -> int:
+    """Returns the number of the program that runs."""
+    builder = interpreter.interpreter_builder
+    (x, y, z), (width, height, _) = builder.grid_idx, builder.grid_dim
+    number = 1 + x + width * (y + height * z)
+    assert number <= np.iinfo(_NUMBER).max, "too many programs to be told apart"
+    return number
+
+
+def _others(programs: np.ndarray, program: int) -> np.ndarray:
+    return (programs != 0) & (programs != program)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for value in arguments:
         if isinstance(value, Tensor):
-            if value.numel():
-                last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-                yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+            yield value
         elif isinstance(value, tuple):
-            yield from _extents(value)
+            yield from _tensors(value)
         elif hasattr(value, "base"):
-            yield from _extents([value.base])
+            yield from _tensors([value.base])
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @contextmanager
@@ -78,11 +110,11 @@ def watching() -> Iterator[None]:
     watch: list[_Watch] = []
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
-        watch[-1].touch(pointers, mask.data, watch[-1].read)
+        watch[-1].read(pointers, np.asarray(mask.data))
         return load(self, pointers, mask, *rest, **more)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **more: Any) -> Any:
-        watch[-1].touch(pointers, mask.data, watch[-1].written)
+        watch[-1].write(pointers, np.asarray(mask.data))
         return store(self, pointers, value, mask, *rest, **more)
 
     def begin(self: Any, *arguments: Any) -> Any:
