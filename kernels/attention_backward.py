@@ -16,7 +16,8 @@ Source: Dao, "FlashAttention-2", 2023, algorithm 2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from fastattn.kernels.attention_bias_backward import bias_gradient, relative_bia
 from fastattn.kernels.launch import Configuration, Launch, Tile, architecture, cdiv, launch, padded, precision, start
 from fastattn.kernels.replay import replayed
 from fastattn.kernels.scores import Statistics, empty_statistics, score_gradients
+from fastattn.kernels.slabs import Share
 from fastattn.kernels.tile import LOG2_E, accumulator, block_and_plane, load_rows, split_log_total
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, empty_output
 
@@ -142,8 +144,7 @@ def _row_launch(
 
 def keys_table(call: AttentionCall) -> tiles.Table:
     """Returns the table of the keys' kernel for a call."""
-    rich = call.softcap or call.bias is not None or call.relative_bias is not None or call.dropout_state is not None
-    return tiles.BACKWARD_KEYS_RICH if rich else tiles.BACKWARD_KEYS
+    return tiles.BACKWARD_KEYS_RICH if tiles.is_rich(call) else tiles.BACKWARD_KEYS
 
 
 def _empty_grad(call: AttentionCall, field: str) -> Tensor:
@@ -212,35 +213,48 @@ def attention_bwd(
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of its table for an architecture."""
-    for name, call, tile in _examples(tiles.SQUARE, architecture):
+    for name, call, tile in _examples(tiles.SQUARE, architecture, _is_masked):
         out, lse = empty_output(call)
         kernel, _, arguments, options = _row_launch(call, out, lse, out, lse, empty_statistics(call, lse), tile)
         yield Configuration(f"attention backward, rows {name}", kernel, arguments, options)
     for table in (tiles.BACKWARD_KEYS, tiles.BACKWARD_KEYS_RICH):
-        for name, call, tile in _examples(table, architecture):
-            if keys_table(call) is not table:
-                continue
-            sums = _sums(call, tile, architecture)
-            share = next(sums.plan.shares(0, sums.planes))
+        for name, call, tile in _examples(table, architecture, partial(_takes, table)):
+            sums, share = _sums(call, tile, architecture)
             kernel, _, arguments, options = sums.keys_launch(share, 0)
             yield Configuration(f"attention backward, keys {name}", kernel, arguments, options)
-            rich = call.bias is not None or call.relative_bias is not None
-            if tile == tiles.choose(table, call, architecture)[0] and rich:
+            if table is tiles.BACKWARD_KEYS_RICH and tile == tiles.choose(table, call, architecture)[0]:
                 kernel, _, arguments, options = sums.repair_launch(0, sums.planes)
                 yield Configuration(f"attention backward, repair {name}", kernel, arguments, options)
-    for name, call, tile in _examples(tiles.BACKWARD_QUERIES, architecture):
-        sums = _sums(call, tiles.choose(keys_table(call), call, architecture)[0], architecture)
-        share = next(sums.plan.shares(0, sums.planes))
+    for name, call, tile in _examples(tiles.BACKWARD_QUERIES, architecture, _has_own_queries):
+        sums, share = _sums(call, tiles.choose(keys_table(call), call, architecture)[0], architecture)
         kernel, _, arguments, options = sums.queries_launch(share, (0, 1), False, tile)
         yield Configuration(f"attention backward, queries {name}", kernel, arguments, options)
 
 
-def _examples(table: tiles.Table, architecture: int) -> Iterator[tuple[str, AttentionCall, Tile]]:
-    return itertools.chain(tiles.calls(table, architecture), tiles.calls(table, architecture, packed=True))
+def _examples(
+    table: tiles.Table, architecture: int, wanted: Callable[[AttentionCall], bool]
+) -> Iterator[tuple[str, AttentionCall, Tile]]:
+    both = (tiles.calls(table, architecture, packed, wanted) for packed in (False, True))
+    return itertools.chain.from_iterable(both)
 
 
-def _sums(call: AttentionCall, tile: Tile, architecture: int) -> Sums:
-    """Returns the sums of an example of a call."""
+def _is_masked(call: AttentionCall) -> bool:
+    return problem(call).mask.diag_lo is not None
+
+
+def _takes(table: tiles.Table, call: AttentionCall) -> bool:
+    return keys_table(call) is table
+
+
+def _has_own_queries(call: AttentionCall) -> bool:
+    """Returns whether the queries' kernel differs: it knows of masks, but nothing else of scores."""
+    return call.starts_q is None or tiles.is_rich(call)
+
+
+def _sums(call: AttentionCall, tile: Tile, architecture: int) -> tuple[Sums, Share]:
+    """Returns the sums of an example of a call, and their first share."""
     out, lse = empty_output(call)
     statistics = empty_statistics(call, lse)
-    return Sums(call, out, statistics, Grads(call.query, call.key, call.value, call.bias, None), tile, architecture)
+    grads = Grads(call.query, call.key, call.value, call.bias, None)
+    sums = Sums(call, out, statistics, grads, tile, architecture)
+    return sums, next(sums.plan.shares(0, sums.planes))

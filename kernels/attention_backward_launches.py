@@ -146,8 +146,7 @@ class Sums:
     def repair_launch(self, first_plane: int, num_planes: int) -> Launch:
         """Returns the launch that repairs what is not finite in some planes."""
         call = self.call
-        # The smallest, which fits every GPU.
-        tile = tiles.choose(tiles.SQUARE, call, self.device)[-1]
+        tile = tiles.REPAIR
         tiles_k, blocks = cdiv(call.shape.seq_len_k, tile.rows), cdiv(call.shape.seq_len_q, tile.rows)
         programs = num_planes * (tiles_k + (0 if self.grads.query is None else blocks))
         outputs = (broadcast(self.grads.query), *self._of_keys(), *self.flags)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels import masking, packing
+from fastattn.kernels.attention_backward_sums import store_of_keys
 from fastattn.kernels.scores import load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, add_seen, is_flagged, load_rows, store_rows
 
@@ -22,20 +23,8 @@ def _keys(
     base_plane, column_begin, PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of a tile of keys and values."""
-    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
-    query = packing.at(problem, query, packing.queries(problem, query))
-    key = packing.at(problem, key, packing.keys(problem, key))
-    value = packing.at(problem, value, packing.keys(problem, value))
-    dout = packing.at(problem, dout, packing.queries(problem, dout))
-    dkey = packing.at(problem, dkey, packing.keys(problem, dkey))
-    dvalue = packing.at(problem, dvalue, packing.keys(problem, dvalue))
-    to_batch = tl.where(base_plane < 0, batch, 0)
-    to_head = tl.where(base_plane < 0, head, packing.plane_of(problem, plane, head) - base_plane)
-    row = packing.first_row(problem, batch, head)
-    shift, factor, delta = statistics
-    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
-    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    first_row, limit = packing.first_row(problem, batch, head), masking.key_end(problem.mask, batch, problem.seq_len_k)
     k = load_rows(key, batch, head // problem.group_size, column_begin, limit, head_dim, SIZE, DIM)
     v = load_rows(value, batch, head // problem.group_size, column_begin, limit, head_dim_v, SIZE, DIM_V)
     dk, dv = tl.zeros([SIZE, DIM], dtype), tl.zeros([SIZE, DIM_V], dtype)
@@ -45,18 +34,18 @@ def _keys(
         start = tl.multiple_of(start, SIZE)
         q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, SIZE, DIM)
         do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
+        loaded = load_statistics(statistics, first_row, start, problem.seq_len_q, SIZE, True, True)
         _, p, _, dx = score_gradients(
-            problem, q, k, v, do, load_statistics(statistics, start, problem.seq_len_q, SIZE, True, True), batch, head,
-            start, column_begin, limit, PRECISION, True, True, SIZE, SIZE,
-        )  # fmt: skip
+            problem, q, k, v, do, loaded, batch, head, start, column_begin, limit, PRECISION, True, True, SIZE, SIZE
+        )
         rows = (start + tl.arange(0, SIZE))[None, :]
         seen = masking.visible(problem.mask, batch, head, rows, columns, limit, problem.seq_len_q, problem.seq_len_k)
         dv = add_seen(dv, p, do, seen)
         dk = add_seen(dk, dx, q, seen)
-    if dkey.data is not None:
-        store_rows(dkey, to_batch, to_head, column_begin, problem.seq_len_k, head_dim, dk * scale, SIZE, DIM)
-    if dvalue.data is not None:
-        store_rows(dvalue, to_batch, to_head, column_begin, problem.seq_len_k, head_dim_v, dv, SIZE, DIM_V)
+    store_of_keys(
+        dkey, dvalue, dk * scale, dv, problem, batch, head, plane, base_plane, column_begin, head_dim, head_dim_v, SIZE,
+        DIM, DIM_V,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -65,20 +54,11 @@ def _queries(
     PRECISION: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of a block of queries."""
-    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
-    query = packing.at(problem, query, packing.queries(problem, query))
-    key = packing.at(problem, key, packing.keys(problem, key))
-    value = packing.at(problem, value, packing.keys(problem, value))
-    dout = packing.at(problem, dout, packing.queries(problem, dout))
-    dquery = packing.at(problem, dquery, packing.queries(problem, dquery))
-    row = packing.first_row(problem, batch, head)
-    shift, factor, delta = statistics
-    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
-    limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
+    first_row, limit = packing.first_row(problem, batch, head), masking.key_end(problem.mask, batch, problem.seq_len_k)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
     do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
-    loaded = load_statistics(statistics, row_begin, problem.seq_len_q, SIZE, False, True)
+    loaded = load_statistics(statistics, first_row, row_begin, problem.seq_len_q, SIZE, False, True)
     dq = tl.zeros([SIZE, DIM], dtype)
     rows = (row_begin + tl.arange(0, SIZE))[:, None]
     begin, end = masking.key_range(problem.mask, row_begin, tl.minimum(row_begin + SIZE, problem.seq_len_q), limit)
@@ -132,24 +112,32 @@ def attention_bwd_repair_kernel(
 
     The others are those of ``attention_bwd_keys_kernel``.
     """
-    tiles_k = tl.cdiv(problem.seq_len_k, SIZE)
+    tiles_k, blocks = tl.cdiv(problem.seq_len_k, SIZE), tl.cdiv(problem.seq_len_q, SIZE)
     program = tl.program_id(0) - tiles_k * num_planes
-    if program < 0:
-        plane = first_plane + tl.program_id(0) // tiles_k
-        column_begin = tl.program_id(0) % tiles_k * SIZE
-        if is_flagged(key_flags, plane, column_begin, problem.seq_len_k, SIZE):
-            batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
-            _keys(
-                query, key, value, dout, (shift, factor, delta), dkey, dvalue, problem, scale, head_dim, head_dim_v,
-                batch, head, plane, base_plane, column_begin, PRECISION, SIZE, DIM, DIM_V,
-            )  # fmt: skip
+    of_keys = program < 0
+    plane = first_plane + tl.where(of_keys, tl.program_id(0) // tiles_k, program // blocks)
+    begin = tl.where(of_keys, tl.program_id(0) % tiles_k, program % blocks) * SIZE
+    if of_keys:
+        flagged = is_flagged(key_flags, plane, begin, problem.seq_len_k, SIZE)
+    else:
+        flagged = is_flagged(query_flags, plane, begin, problem.seq_len_q, SIZE)
+    if not flagged:
+        return
+    batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
+    problem, batch = packing.own(problem, batch, packing.numbers(problem, batch))
+    query = packing.at(problem, query, packing.queries(problem, query))
+    key = packing.at(problem, key, packing.keys(problem, key))
+    value = packing.at(problem, value, packing.keys(problem, value))
+    dout = packing.at(problem, dout, packing.queries(problem, dout))
+    dquery = packing.at(problem, dquery, packing.queries(problem, dquery))
+    statistics = (shift, factor, delta)
+    if of_keys:
+        _keys(
+            query, key, value, dout, statistics, dkey, dvalue, problem, scale, head_dim, head_dim_v, batch, head, plane,
+            base_plane, begin, PRECISION, SIZE, DIM, DIM_V,
+        )  # fmt: skip
     elif dquery.data is not None:
-        blocks = tl.cdiv(problem.seq_len_q, SIZE)
-        plane = first_plane + program // blocks
-        row_begin = program % blocks * SIZE
-        if is_flagged(query_flags, plane, row_begin, problem.seq_len_q, SIZE):
-            batch, head = plane // problem.num_heads_q, plane % problem.num_heads_q
-            _queries(
-                query, key, value, dout, (shift, factor, delta), dquery, problem, scale, head_dim, head_dim_v, batch,
-                head, row_begin, PRECISION, SIZE, DIM, DIM_V,
-            )  # fmt: skip
+        _queries(
+            query, key, value, dout, statistics, dquery, problem, scale, head_dim, head_dim_v, batch, head, begin,
+            PRECISION, SIZE, DIM, DIM_V,
+        )  # fmt: skip

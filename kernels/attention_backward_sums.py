@@ -12,8 +12,8 @@ from fastattn.kernels.tile import accumulator, block_and_plane, load_rows, set_f
 
 @triton.jit
 def _add_queries(
-    state, query, query_box, key_tile, value_tile, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room,
-    room_box, where, problem, batch, head, column_begin, begin, end, gap_begin, gap, limit, head_dim, head_dim_v,
+    state, query, query_box, key_tile, value_tile, dout, dout_box, statistics, first_row, dkey, dvalue, of_keys, dbias,
+    room, room_box, where, problem, batch, head, column_begin, begin, end, gap_begin, gap, limit, head_dim, head_dim_v,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr,
 ):  # fmt: skip
@@ -26,8 +26,8 @@ def _add_queries(
         do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V, MASKED, dout_box)
         _, p, ds, dx = score_gradients(
             problem, q, key_tile, value_tile, do,
-            load_statistics(statistics, start, problem.seq_len_q, ROWS, True, MASKED), batch, head, start, column_begin,
-            limit, PRECISION, MASKED, True, ROWS, KEYS,
+            load_statistics(statistics, first_row, start, problem.seq_len_q, ROWS, True, MASKED), batch, head, start,
+            column_begin, limit, PRECISION, MASKED, True, ROWS, KEYS,
         )  # fmt: skip
         if dvalue.data is not None:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
@@ -125,13 +125,8 @@ def attention_bwd_keys_kernel(
     key = packing.at(problem, key, packing.keys(problem, key))
     value = packing.at(problem, value, packing.keys(problem, value))
     dout = packing.at(problem, dout, packing.queries(problem, dout))
-    dkey = packing.at(problem, dkey, packing.keys(problem, dkey))
-    dvalue = packing.at(problem, dvalue, packing.keys(problem, dvalue))
     head_kv = head // problem.group_size
-    to_batch = tl.where(base_plane < 0, batch, 0)
-    to_head = tl.where(base_plane < 0, head, packing.plane_of(problem, plane, head) - base_plane)
-    row = packing.first_row(problem, batch, head)
-    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
+    statistics, first_row = (shift, factor, delta), packing.first_row(problem, batch, head)
     dtype: tl.constexpr = accumulator(query.data.dtype.element_ty)
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
     where = slabs.place(problem, plane, tile, first_plane, first_slab, num_slabs, PAIRED, KEYS)
@@ -142,14 +137,14 @@ def attention_bwd_keys_kernel(
     )
     state = (tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype), tl.zeros([KEYS], dtype))
     state = _add_queries(
-        state, query, query_box, k, v, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room, room_box, where,
-        problem, batch, head, column_begin, free_begin, free_end, free_end, 0, limit, head_dim, head_dim_v, PRECISION,
-        False, ROWS, KEYS, DIM, DIM_V,
+        state, query, query_box, k, v, dout, dout_box, statistics, first_row, dkey, dvalue, of_keys, dbias, room,
+        room_box, where, problem, batch, head, column_begin, free_begin, free_end, free_end, 0, limit, head_dim,
+        head_dim_v, PRECISION, False, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     state = _add_queries(
-        state, query, query_box, k, v, dout, dout_box, statistics, dkey, dvalue, of_keys, dbias, room, room_box, where,
-        problem, batch, head, column_begin, begin, end, free_begin, free_end - free_begin, limit, head_dim, head_dim_v,
-        PRECISION, True, ROWS, KEYS, DIM, DIM_V,
+        state, query, query_box, k, v, dout, dout_box, statistics, first_row, dkey, dvalue, of_keys, dbias, room,
+        room_box, where, problem, batch, head, column_begin, begin, end, free_begin, free_end - free_begin, limit,
+        head_dim, head_dim_v, PRECISION, True, ROWS, KEYS, DIM, DIM_V,
     )  # fmt: skip
     dk, dv, db = state
     if of_keys is not None:
@@ -158,10 +153,29 @@ def attention_bwd_keys_kernel(
         tl.store(at, db, mask=columns < problem.seq_len_k)
     if flags is not None:
         set_flags(flags, plane, column_begin, longest, tl.sum(dk, axis=1) + tl.sum(dv, axis=1), KEYS)
+    store_of_keys(
+        dkey, dvalue, dk * scale, dv, problem, batch, head, plane, base_plane, column_begin, head_dim, head_dim_v, KEYS,
+        DIM, DIM_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_of_keys(
+    dkey, dvalue, dk, dv, problem, batch, head, plane, base_plane, column_begin, head_dim, head_dim_v,
+    KEYS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of a tile of keys and values, [KEYS, DIM] and [KEYS, DIM_V], from ``column_begin`` on.
+
+    The arguments are those of :func:`attention_bwd_keys_kernel`; problem and batch entry are the sequence's own.
+    """
+    to_batch = tl.where(base_plane < 0, batch, 0)
+    to_head = tl.where(base_plane < 0, head, packing.plane_of(problem, plane, head) - base_plane)
     if dkey.data is not None:
-        store_rows(dkey, to_batch, to_head, column_begin, problem.seq_len_k, head_dim, dk * scale, KEYS, DIM)
+        to = packing.at(problem, dkey, packing.keys(problem, dkey))
+        store_rows(to, to_batch, to_head, column_begin, problem.seq_len_k, head_dim, dk, KEYS, DIM)
     if dvalue.data is not None:
-        store_rows(dvalue, to_batch, to_head, column_begin, problem.seq_len_k, head_dim_v, dv, KEYS, DIM_V)
+        to = packing.at(problem, dvalue, packing.keys(problem, dvalue))
+        store_rows(to, to_batch, to_head, column_begin, problem.seq_len_k, head_dim_v, dv, KEYS, DIM_V)
 
 
 @triton.jit

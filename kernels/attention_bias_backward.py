@@ -28,15 +28,29 @@ def _tile(
     """Returns the gradients of a tile of scores [SIZE, SIZE]."""
     head_kv = head // problem.group_size
     limit = masking.key_end(problem.mask, batch, problem.seq_len_k)
-    row = packing.first_row(problem, batch, head)
-    statistics = (shift + row, factor if factor is None else factor + row, delta + row)
-    loaded = load_statistics(statistics, row_begin, problem.seq_len_q, SIZE, False, True)
+    first_row = packing.first_row(problem, batch, head)
+    statistics = load_statistics((shift, factor, delta), first_row, row_begin, problem.seq_len_q, SIZE, False, True)
     q = load_rows(query, batch, head, row_begin, problem.seq_len_q, head_dim, SIZE, DIM)
     do = load_rows(dout, batch, head, row_begin, problem.seq_len_q, head_dim_v, SIZE, DIM_V)
     k = load_rows(key, batch, head_kv, column_begin, limit, head_dim, SIZE, DIM)
     v = load_rows(value, batch, head_kv, column_begin, limit, head_dim_v, SIZE, DIM_V)
     _, _, ds, _ = score_gradients(
-        problem, q, k, v, do, loaded, batch, head, row_begin, column_begin, limit, PRECISION, True, False, SIZE, SIZE
+        problem,
+        q,
+        k,
+        v,
+        do,
+        statistics,
+        batch,
+        head,
+        row_begin,
+        column_begin,
+        limit,
+        PRECISION,
+        True,
+        False,
+        SIZE,
+        SIZE,
     )
     return ds
 
@@ -147,21 +161,21 @@ def _relative_bias_bwd_kernel(
     if problem.mask.diag_lo is not None:
         seen = (first + SIZE > problem.mask.diag_lo) & (first <= problem.mask.diag_hi)
     if seen:
-        for other in range(num_batches * (problem.num_heads_q // bias_heads)):
+        for step in range(2 * num_batches * (problem.num_heads_q // bias_heads)):
+            other, part = step // 2, step % 2
             at_batch = batch + other // (problem.num_heads_q // bias_heads)
             at_head = head + other % (problem.num_heads_q // bias_heads)
             limit = masking.key_end(problem.mask, at_batch, problem.seq_len_k)
-            for part in tl.static_range(2):
-                ahead = first + part * SIZE
-                begin, end = tl.maximum(-ahead, 0), tl.minimum(problem.seq_len_q, limit - ahead)
-                for row_begin in range(begin, end, SIZE):
-                    row_begin = tl.multiple_of(row_begin, SIZE)
-                    ds = _tile(
-                        query, key, value, dout, shift, factor, delta, problem, head_dim, head_dim_v, at_batch, at_head,
-                        row_begin, row_begin + ahead, PRECISION, SIZE, DIM, DIM_V,
-                    )  # fmt: skip
-                    here = (turned < SIZE) == (part == 0)
-                    total += tl.sum(tl.where(here, tl.gather(ds, turned % SIZE, axis=1), 0.0), axis=0)
+            ahead = first + part * SIZE
+            begin, end = tl.maximum(-ahead, 0), tl.minimum(problem.seq_len_q, limit - ahead)
+            for row_begin in range(begin, end, SIZE):
+                row_begin = tl.multiple_of(row_begin, SIZE)
+                ds = _tile(
+                    query, key, value, dout, shift, factor, delta, problem, head_dim, head_dim_v, at_batch, at_head,
+                    row_begin, row_begin + ahead, PRECISION, SIZE, DIM, DIM_V,
+                )  # fmt: skip
+                here = (turned < SIZE) == (part == 0)
+                total += tl.sum(tl.where(here, tl.gather(ds, turned % SIZE, axis=1), 0.0), axis=0)
     at = first + tl.arange(0, SIZE) + problem.seq_len_q - 1
     if problem.packing.starts_q is not None:
         to = drelative + head.to(tl.int64) * (problem.packing.tokens_q + problem.packing.tokens_k)
@@ -257,7 +271,7 @@ def _sequences_launch(call: AttentionCall, own: Tensor, to: Tensor) -> Launch:
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of its table for an architecture."""
-    for name, call, tile in tiles.calls(tiles.SQUARE, architecture):
+    for name, call, tile in tiles.calls(tiles.SQUARE, architecture, wanted=tiles.is_rich):
         out, lse = empty_output(call)
         statistics = empty_statistics(call, lse)
         _, _, seq_len_q, seq_len_k = call.shape
@@ -272,9 +286,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
             (*common, bias.new_empty((1, seq_len_q + seq_len_k - 1)), *numbers, 1),
             options,
         )
-    for name, call, tile in tiles.calls(tiles.SQUARE, architecture, packed=True):
-        if call.relative_bias is None:
-            continue
+    for name, call, tile in tiles.calls(tiles.SQUARE, architecture, packed=True, wanted=tiles.is_rich):
         out, lse = empty_output(call)
         statistics = empty_statistics(call, lse)
         own = statistics[0].new_empty((4, call.query.shape[2] + call.key.shape[2]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -221,6 +221,10 @@ def _table(call: AttentionCall) -> tiles.Table:
     return tiles.FORWARD if folds(call) and call.dropout_state is None else tiles.FORWARD_RICH
 
 
+def _takes(table: tiles.Table, call: AttentionCall) -> bool:
+    return _table(call) is table
+
+
 @replayed
 def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns ``(out, lse)`` of a call that is not empty."""
@@ -243,13 +247,9 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields the kernel with every tile of its table for an architecture, and a few as persistent grids."""
-    for table in (tiles.FORWARD, tiles.FORWARD_RICH):
-        both = (tiles.calls(table, architecture, packed) for packed in (False, True))
-        for name, call, tile in itertools.chain(*both):
+    for table, packed in itertools.product((tiles.FORWARD, tiles.FORWARD_RICH), (False, True)):
+        for name, call, tile in tiles.calls(table, architecture, packed, partial(_takes, table)):
             wide = call.query.element_size() > 2
-            # The causal loops of wide types are those of "everything".
-            if _table(call) is not table or ("causal" in name and wide):
-                continue
             out, lse = empty_output(call)
             grids = [(name, tile)]
             if ("64 plain" if wide else "128 causal") in name and architecture >= 90:

@@ -23,13 +23,16 @@ def empty_statistics(call: AttentionCall, lse: Tensor) -> Statistics:
 
 
 @triton.jit
-def load_statistics(statistics, begin, limit, ROWS: tl.constexpr, TURNED: tl.constexpr, CHECKED: tl.constexpr):
+def load_statistics(
+    statistics, first_row, begin, limit, ROWS: tl.constexpr, TURNED: tl.constexpr, CHECKED: tl.constexpr
+):
     """Returns shift, factor and delta of queries [begin, begin + ROWS), [1, ROWS] where TURNED, otherwise [ROWS, 1].
 
     Where TURNED, delta is a pointer yet: a thread has as many of them as of columns, and needs them last.
 
     Args:
-        statistics: pointers to those of query 0, the second perhaps None.
+        statistics: pointers, the second perhaps None.
+        first_row: what ``packing.first_row`` returned.
         limit: where CHECKED, queries from it on have none.
     """
     shift, factor, delta = statistics
@@ -38,10 +41,11 @@ def load_statistics(statistics, begin, limit, ROWS: tl.constexpr, TURNED: tl.con
     inside = rows < limit if CHECKED else None
     share = 1.0
     if factor is not None:
-        share = tl.load(factor + rows, mask=inside)
+        share = tl.load(factor + first_row + rows, mask=inside)
+    delta += first_row
     if not TURNED:
         delta = tl.load(delta + rows, mask=inside)
-    return tl.load(shift + rows, mask=inside), share, delta
+    return tl.load(shift + first_row + rows, mask=inside), share, delta
 
 
 @triton.jit

@@ -6,7 +6,7 @@ GPU yet: they are what fits registers and shared memory by the compiler's report
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -142,6 +142,8 @@ BACKWARD_QUERIES: Table = {
     },
 }
 BACKWARD_QUERIES[100] = BACKWARD_QUERIES[90]
+# The smallest, which fits every GPU, of attention_backward_repair.py: it hardly ever has anything to do.
+REPAIR = Tile(16, 16, 8, 1)
 # Tiles of scores that are computed for themselves: square, because a diagonal's owner walks along it.
 SQUARE: Table = {
     ANY: _SMALL,
@@ -254,16 +256,34 @@ def choose(table: Table, call: AttentionCall, architecture: int) -> tuple[Tile, 
     return next(tile for (size, most), tile in known.items() if size == call.query.element_size() and dim <= most)
 
 
-def calls(table: Table, architecture: int, packed: bool = False) -> Iterator[tuple[str, AttentionCall, Tile]]:
+def is_rich(call: AttentionCall) -> bool:
+    """Returns whether a call's scores are more than products, or it drops."""
+    more = call.bias is not None or call.relative_bias is not None or call.dropout_state is not None
+    return more or bool(call.softcap)
+
+
+def calls(
+    table: Table, architecture: int, packed: bool = False, wanted: Callable[[AttentionCall], bool] = lambda call: True
+) -> Iterator[tuple[str, AttentionCall, Tile]]:
     """Yields ``(name, call, tile)`` for each tile of a table: calls to compile a kernel for.
 
-    What follows a first choice is compiled with fewer calls, and in half precision only: it takes less of everything.
+    A first choice is compiled for every example, what follows it for the last, which asks for most. float32 and float64
+    have no causal example, because its loops are those of "everything".
+
+    Args:
+        packed: whether the examples are packed sequences.
+        wanted: whether an example is compiled.
     """
     dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     for (size, dim), choices in table[architecture].items():
+        examples = [
+            (name, call)
+            for name, call in (packed_calls if packed else example_calls)(dtypes[size], dim)
+            if wanted(call) and not (size > 2 and "causal" in name)
+        ]
         for at, tile in enumerate(choices):
-            for name, call in (packed_calls if packed else example_calls)(dtypes[size], dim):
-                if at and (size > 2 or packed or name == "plain"):
+            for name, call in examples[-1:] if at else examples:
+                if at and (packed or name == "plain"):
                     continue
                 yield f"{dtypes[size]}".removeprefix("torch.") + f" {dim} {name} {tile}", call, tile
 

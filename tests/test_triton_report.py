@@ -29,6 +29,27 @@ SPILLED = (
     ("", "(attention forward|decode_kernel) float(32|64)", 4704),
 )
 
+# Kernels of 16 bits whose work is products.
+PRODUCTS = (
+    r"attention forward bfloat16",
+    r"decode_kernel bfloat16",
+    r"decode pages",
+    *(rf"attention backward, {kernel} bfloat16" for kernel in ("rows", "keys", "queries", "repair")),
+    *(rf"attention backward, {kernel} bfloat16" for kernel in ("bias", "diagonals")),
+    *(rf"attention weights, {of} bfloat16" for of in ("none", "head_mean", "key_sum", "entropy", "top_k", "pooled")),
+    *(rf"linear {of}.* bfloat16" for of in ("forward", "with residual", "input's gradient", "weights' gradient")),
+    *(rf"feed-forward {of} bfloat16" for of in ("hidden", "gradients")),
+    *(rf"cross entropy {of} bfloat16" for of in ("forward", "gradients", "exponentials")),
+)
+# Of those, whose products are not a warpgroup's, which has 64 rows: (kernel, why).
+FEW_ROWS = (
+    (r"decode", "16 packed queries"),
+    (r"attention backward, repair", "the smallest tile, which fits every GPU"),
+    (r"attention .*\((16|32), \d+, ", "a GPU with little shared memory, or a head_dim with many registers"),
+    (r"attention backward, keys .*\(\d+, 32, ", "32 keys, of which there are two sums of 256 columns"),
+    (r"(linear|feed-forward|cross entropy)", "small tiles for few rows, second in their tables"),
+)
+
 pytestmark = pytest.mark.skipif(not TRITON, reason="needs Triton")
 reported = pytest.mark.skipif(not REPORT.exists(), reason="there is no report yet")
 

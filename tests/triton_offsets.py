@@ -23,8 +23,7 @@ from fastattn.spec.attention import AttentionCall, attention_call
 from fastattn.spec.softmax import SoftmaxBackwardCall, softmax_call
 from fastattn.tools import triton_report
 
-# Those of the report, and what it does not hold yet.
-MODULES = (*triton_report.MODULES, "attention_backward", "attention_bias_backward", "attention_weights")
+MODULES = triton_report.MODULES
 # Numbers of heads, shares or batch entries, whose products count programs; and how many keys or classes a share or a
 # cell has, whose products stay below the number of all.
 FEW = re.compile(

@@ -10,6 +10,10 @@ import argparse
 import ast
 import hashlib
 import importlib
+import itertools
+import multiprocessing
+import os
+import queue
 import re
 import subprocess
 import sys
@@ -40,6 +44,9 @@ MODULES = (
     "linear_cross_entropy_one_pass",
     "attention_forward",
     "decode",
+    "attention_backward",
+    "attention_bias_backward",
+    "attention_weights",
 )
 REPORT = Path("docs/triton-report.md")
 _HEAD = """# What the compiler made of the Triton kernels
@@ -47,9 +54,11 @@ _HEAD = """# What the compiler made of the Triton kernels
 Written by `python -m fastattn.tools.triton_report`; no GPU has anything to do with it. Registers are a thread's,
 spilled bytes a thread's stack, shared memory is a program's, in bytes. Programs: as many as registers, threads and
 shared memory of a multiprocessor leave room for. Warpgroup (HGMMA, or tcgen05 on sm_100) and warp (HMMA, DMMA): matrix
-instructions in the machine code. The key changes with the source and the arguments.
+instructions in the machine code. Serial: HGMMA that wait for the one before them, though both add to the same sum; the
+assembler does so where it finds something else that writes to their registers. The key changes with the source and the
+arguments.
 """
-_COLUMNS = ("sm", "kernel", "warps", "registers", "spilled", "shared", "programs", "warpgroup", "warp", "key")
+_COLUMNS = ("sm", "kernel", "warps", "registers", "spilled", "shared", "programs", "warpgroup", "warp", "serial", "key")
 # Shared memory of a multiprocessor in bytes, of which a program takes 1 KB more than it asks for.
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 32
@@ -67,6 +76,7 @@ class Line(NamedTuple):
     programs: int
     warpgroup: int
     warp: int
+    serial: int
     key: str
 
 
@@ -153,7 +163,18 @@ def compiled(architecture: int, configuration: Configuration) -> Line:
         programs,
         warpgroup,
         warp,
+        _serial(code),
         key(architecture, configuration),
+    )
+
+
+def _serial(code: str) -> int:
+    """Returns how many HGMMA of some machine code wait for the one before them, though both add to the same sum."""
+    # An instruction that others wait for says so; of a product that is several of them, only the last should.
+    found = re.findall(r"\bHGMMA\.\S+ (R\d+), ([^;]*)", code)
+    return sum(
+        "gsb0" in operands and re.search(rf"\b{to}\b", more) is not None and to == again
+        for (to, operands), (again, more) in itertools.pairwise(found)
     )
 
 
@@ -162,7 +183,8 @@ def read(path: Path) -> dict[str, Line]:
     found = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         cells = [cell.strip() for cell in text.strip("|").split("|")]
-        if text.startswith("|") and cells[0].isdigit():
+        # A report of other columns is made anew.
+        if text.startswith("|") and cells[0].isdigit() and len(cells) == len(_COLUMNS):
             line = Line._make([int(cells[0]), cells[1], *map(int, cells[2:-1]), cells[-1]])
             found[line.key] = line
     return found
@@ -183,17 +205,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=REPORT, help="the report (docs/triton-report.md)")
     parser.add_argument("--check", action="store_true", help="compile nothing, name what is not up to date")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="configurations to compile at most")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     given = parser.parse_args(arguments)
     known = read(given.out)
+    for line in () if given.check else _compiled_by_many(frozenset(known), given.limit, given.jobs):
+        known[line.key] = line
+        print(*line[:-1], flush=True)
+        # Whoever interrupts it goes on from here.
+        given.out.write_text(written([*known.values()]))
     lines, missing = [], []
     for architecture in ARCHITECTURES:
         for configuration, current in configurations(architecture):
-            if current not in known and not given.check and given.limit > 0:
-                given.limit -= 1
-                known[current] = compiled(architecture, configuration)
-                print(*known[current][:-1], flush=True)
-                # Whoever interrupts it goes on from here.
-                given.out.write_text(written([*known.values()]))
             if current in known:
                 lines.append(known[current])
             else:
@@ -204,6 +226,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(bool(missing or stale))
     given.out.write_text(written(lines))
     return 0
+
+
+def _compiled_by_many(known: frozenset[str], limit: int, jobs: int) -> Iterator[Line]:
+    """Yields a line for each configuration that is not known, at most ``limit``, as ``jobs`` processes have it."""
+    # A process of its own each: Triton's compiler runs on one thread.
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    processes = [
+        context.Process(target=_compile_share, args=(number, jobs, known, limit, found), daemon=True)
+        for number in range(jobs)
+    ]
+    for process in processes:
+        process.start()
+    running = jobs
+    while running:
+        try:
+            line = found.get(timeout=1)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("the compiler died") from None
+            continue
+        if isinstance(line, Line):
+            yield line
+        elif line is None:
+            running -= 1
+        else:
+            raise line
+
+
+def _compile_share(number: int, jobs: int, known: frozenset[str], limit: int, found: Any) -> None:
+    """Puts the lines of every ``jobs``-th configuration that is not known into a queue, and None after the last."""
+    at, seen = 0, set(known)
+    try:
+        for architecture in ARCHITECTURES:
+            for configuration, current in configurations(architecture):
+                if current in seen or at >= limit:
+                    continue
+                if at % jobs == number:
+                    found.put(compiled(architecture, configuration))
+                seen.add(current)
+                at += 1
+        found.put(None)
+    except Exception as error:
+        # Not the error itself: the compiler's own may not go from one process to another.
+        found.put(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _collect(kernel: Any, found: dict[str, str]) -> None:
