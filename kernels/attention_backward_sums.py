@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels import masking, packing, slabs
+from fastattn.kernels.numbers import empty_sum
 from fastattn.kernels.scores import load_statistics, score_gradients
 from fastattn.kernels.tile import accumulator, block_and_plane, load_rows, set_flags, store_rows, store_tile
 
@@ -24,10 +25,10 @@ def _add_queries(
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), ROWS)
         q = load_rows(query, batch, head, start, problem.seq_len_q, head_dim, ROWS, DIM, MASKED, query_box)
         do = load_rows(dout, batch, head, start, problem.seq_len_q, head_dim_v, ROWS, DIM_V, MASKED, dout_box)
+        loaded = load_statistics(statistics, first_row, start, problem.seq_len_q, ROWS, True, MASKED)
         _, p, ds, dx = score_gradients(
-            problem, q, key_tile, value_tile, do,
-            load_statistics(statistics, first_row, start, problem.seq_len_q, ROWS, True, MASKED), batch, head, start,
-            column_begin, limit, PRECISION, MASKED, True, ROWS, KEYS,
+            problem, q, key_tile, value_tile, do, loaded, batch, head, start, column_begin, limit, PRECISION,
+            MASKED, True, ROWS, KEYS,
         )  # fmt: skip
         if dvalue.data is not None:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
@@ -135,7 +136,7 @@ def attention_bwd_keys_kernel(
     begin, free_begin, free_end, end = masking.query_parts(
         problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS
     )
-    state = (tl.zeros([KEYS, DIM], dtype), tl.zeros([KEYS, DIM_V], dtype), tl.zeros([KEYS], dtype))
+    state = (empty_sum(KEYS, DIM, dtype), empty_sum(KEYS, DIM_V, dtype), tl.zeros([KEYS], dtype))
     state = _add_queries(
         state, query, query_box, k, v, dout, dout_box, statistics, first_row, dkey, dvalue, of_keys, dbias, room,
         room_box, where, problem, batch, head, column_begin, free_begin, free_end, free_end, 0, limit, head_dim,
@@ -267,7 +268,7 @@ def attention_bwd_queries_kernel(
     free_end = tl.maximum(tl.minimum(free_end, last_tile * TILE), free_begin)
     # Keys of padding may be NaN, which a box would fetch.
     PADDED: tl.constexpr = problem.mask.key_lengths is not None
-    dq = tl.zeros([ROWS, DIM], dtype)
+    dq = empty_sum(ROWS, DIM, dtype)
     if so_far.data is not None:
         if goes_on != 0:
             dq += load_rows(so_far, batch * 0, head * 0, row_begin, problem.seq_len_q, head_dim, ROWS, DIM)

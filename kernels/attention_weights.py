@@ -402,13 +402,13 @@ def attention_weights_fwd(call: WeightsCall) -> tuple[Tensor, Tensor]:
         kernel[(programs,)](*arguments, **options)
 
     device = architecture(call.attention.query.device)
-    launch(f"attention_weights, {call.reduce}", tiles.choose(tiles.SQUARE, call.attention, device), start)
+    launch(f"attention_weights, {call.reduce}", tiles.choose(tiles.WEIGHTS, call.attention, device), start)
     return result, indices
 
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields each kernel with every tile of the table for an architecture."""
-    for name, attention, tile in tiles.calls(tiles.SQUARE, architecture, wanted=tiles.is_rich):
+    for name, attention, tile in tiles.calls(tiles.WEIGHTS, architecture, wanted=tiles.is_rich):
         bare = attention._replace(dropout_state=None, dropout_p=0.0)
         for reduce in ("none", "head_mean", "key_sum", "entropy", "top_k", "pooled"):
             call = WeightsCall(bare, empty_output(bare)[1], reduce, 4 if reduce == "top_k" else 0, 64)

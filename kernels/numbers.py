@@ -1,9 +1,30 @@
-"""Numbers inside kernels: scalars in the accumulator's dtype, division and root rounded once."""
+"""Numbers inside kernels: scalars in the accumulator's dtype, division and root rounded once, sums of nothing."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+from fastattn.kernels.interpreter import is_interpreting
+
+_INTERPRETING = tl.constexpr(is_interpreting())
+
+
+@triton.jit
+def empty_sum(ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """Returns zeros [ROWS, COLUMNS] that products are to be added to.
+
+    On sm_90 they come out of an instruction that the compiler knows nothing of. It would write zeros before a loop and
+    once more where the loop is skipped, and the assembler, which takes that for a write amid the loop's products, would
+    make each of them wait for the one before (its message C7515).
+    """
+    if not _INTERPRETING and cuda_capability_geq(9) and not cuda_capability_geq(10) and dtype == tl.float32:
+        at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        zeros = tl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [at], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        zeros = tl.zeros([ROWS, COLUMNS], dtype)
+    return zeros
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from fastattn.kernels import philox
 from fastattn.kernels.arguments import NO_DROPOUT, Dropout
 from fastattn.kernels.interpreter import is_interpreting
 from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
-from fastattn.kernels.numbers import number
+from fastattn.kernels.numbers import empty_sum, number
 from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import matrix
 from fastattn.kernels.sums import sum_rows
@@ -301,7 +301,7 @@ def _product_tile(
         begin = tl.program_id(1) * share
         end = tl.minimum(begin + share, depth)
     total = add_product(
-        tl.zeros([ROWS, COLUMNS], dtype), a, a_box, b, b_box, first_row, first_column, rows, columns, begin, end,
+        empty_sum(ROWS, COLUMNS, dtype), a, a_box, b, b_box, first_row, first_column, rows, columns, begin, end,
         A_TURNED, B_TURNED, PRECISION, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     if more_a.data is not None:

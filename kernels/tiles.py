@@ -1,7 +1,8 @@
 """The tiles of attention's kernels: for each architecture, number of bytes an element and head_dim, the fastest first.
 
-Where the GPU has too little shared memory for one, the next is tried (``launch.launch``). None has been measured on a
-GPU yet: they are what fits registers and shared memory by the compiler's report.
+Where the GPU has too little shared memory for one, the next is tried (``launch.launch``); after one of 99 KB, which
+every GPU has, there is none. None has been measured on a GPU yet: they are what fits registers and shared memory by the
+compiler's report.
 """
 
 from __future__ import annotations
@@ -91,20 +92,28 @@ FORWARD_RICH: Table = {
     },
 }
 FORWARD_RICH[100] = FORWARD_RICH[90]
-# Queries a step, then the keys whose gradients a program owns.
+# Two sums of head_dim columns stay in registers; float64 with 256 of them has no tile for GPUs with 99 KB a program.
+_WIDE_BACKWARD: Choices = {
+    (4, 128): (Tile(32, 32, 8, 1),),
+    (4, 256): (Tile(16, 16, 4, 1),),
+    (8, 64): (Tile(32, 32, 8, 1),),
+    (8, 256): (Tile(16, 16, 8, 1),),
+}
+# Queries a step, then the keys whose gradients a program owns. On sm_90 eight warps multiply scores twice over where
+# there are but 64 keys, which is all that registers have room for at head_dim 256.
 BACKWARD_KEYS: Table = {
     ANY: _SMALL,
     80: {
-        (2, 64): (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
-        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
-        (2, 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
-        **_WIDE,
+        (2, 64): (Tile(32, 128, 8, 2),),
+        (2, 128): (Tile(32, 64, 8, 2),),
+        (2, 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1)),
+        **_WIDE_BACKWARD,
     },
     90: {
         (2, 64): (Tile(64, 128, 8, 3), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(32, 128, 8, 3), Tile(32, 64, 8, 2)),
+        (2, 128): (Tile(32, 128, 8, 3), Tile(32, 64, 4, 2)),
         (2, 256): (Tile(16, 64, 8, 2), Tile(16, 32, 4, 2, boxes=False)),
-        **_WIDE,
+        **_WIDE_BACKWARD,
     },
 }
 BACKWARD_KEYS[100] = BACKWARD_KEYS[90]
@@ -112,50 +121,76 @@ BACKWARD_KEYS[100] = BACKWARD_KEYS[90]
 BACKWARD_KEYS_RICH: Table = {
     ANY: _SMALL,
     80: {
-        (2, 64): (Tile(16, 64, 8, 1), Tile(32, 32, 4, 1)),
-        (2, 128): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1), Tile(32, 32, 4, 1)),
-        (2, 256): (Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
-        **_WIDE,
+        (2, 64): (Tile(16, 64, 8, 1),),
+        (2, 128): (Tile(32, 64, 8, 2),),
+        (2, 256): (Tile(16, 32, 8, 2),),
+        **_WIDE_BACKWARD,
     },
     90: {
-        (2, 64): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1)),
-        (2, 128): (Tile(16, 64, 8, 2), Tile(16, 32, 4, 2, boxes=False)),
-        (2, 256): (Tile(16, 64, 8, 2, boxes=False), Tile(16, 32, 4, 2, boxes=False)),
-        **_WIDE,
+        (2, 64): (Tile(32, 128, 8, 2),),
+        (2, 128): (Tile(16, 128, 8, 2, boxes=False), Tile(16, 32, 4, 2, boxes=False)),
+        (2, 256): (Tile(16, 32, 8, 2, boxes=False),),
+        **_WIDE_BACKWARD,
     },
 }
-BACKWARD_KEYS_RICH[100] = BACKWARD_KEYS_RICH[90]
+BACKWARD_KEYS_RICH[100] = {
+    **BACKWARD_KEYS_RICH[90],
+    # Sums are in tensor memory there, and 64 keys a warpgroup's.
+    (2, 256): (Tile(16, 64, 8, 2, boxes=False), Tile(16, 32, 8, 2, boxes=False)),
+}
 # The queries whose gradients a program owns, then keys a step.
 BACKWARD_QUERIES: Table = {
     ANY: _SMALL,
     80: {
-        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
-        (2, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        (2, 256): (Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
-        **_WIDE,
+        (2, 64): (Tile(128, 64, 8, 2),),
+        (2, 128): (Tile(128, 32, 8, 2),),
+        (2, 256): (Tile(64, 32, 8, 1),),
+        (4, 64): (Tile(64, 32, 4, 2),),
+        (4, 128): (Tile(64, 32, 8, 2),),
+        (4, 256): (Tile(32, 32, 8, 1),),
+        (8, 64): (Tile(32, 32, 4, 1),),
+        (8, 128): (Tile(32, 32, 8, 1),),
+        (8, 256): (Tile(16, 16, 8, 1),),
     },
-    90: {
-        (2, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        (2, 256): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-        **_WIDE,
-    },
+}
+BACKWARD_QUERIES[90] = {
+    **BACKWARD_QUERIES[80],
+    (2, 64): (Tile(128, 64, 8, 3),),
+    (2, 128): (Tile(128, 64, 8, 3),),
+    (2, 256): (Tile(128, 64, 8, 2),),
 }
 BACKWARD_QUERIES[100] = BACKWARD_QUERIES[90]
 # The smallest, which fits every GPU, of attention_backward_repair.py: it hardly ever has anything to do.
 REPAIR = Tile(16, 16, 8, 1)
-# Tiles of scores that are computed for themselves: square, because a diagonal's owner walks along it.
+# Tiles of gradients of scores that are computed for themselves: square, because a diagonal's owner walks along it. On
+# sm_80 both products' operands go through registers.
 SQUARE: Table = {
     ANY: _SMALL,
     80: {
-        (2, 128): (Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)),
-        (2, 256): (Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-        (4, 128): (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-        (4, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+        (2, 128): (Tile(32, 32, 4, 1),),
+        (2, 256): (Tile(16, 16, 4, 1),),
+        (4, 256): (Tile(16, 16, 4, 1),),
         (8, 256): (Tile(16, 16, 4, 1),),
     },
 }
-SQUARE[90] = SQUARE[100] = SQUARE[80]
+SQUARE[90] = {
+    **SQUARE[80],
+    (2, 128): (Tile(64, 64, 8, 1),),
+    (2, 256): (Tile(64, 64, 8, 1), Tile(16, 16, 4, 1)),
+}
+SQUARE[100] = SQUARE[90]
+# Tiles of weights, square too, for each of which there is one product.
+WEIGHTS: Table = {
+    ANY: _SMALL,
+    80: {
+        (2, 128): (Tile(64, 64, 8, 1),),
+        (2, 256): (Tile(64, 64, 8, 1),),
+        (4, 128): (Tile(32, 32, 4, 1),),
+        (4, 256): (Tile(32, 32, 8, 1),),
+        (8, 256): (Tile(16, 16, 4, 1),),
+    },
+}
+WEIGHTS[90] = WEIGHTS[100] = WEIGHTS[80]
 # Keys a step, of a few packed queries, whose number is their own.
 DECODE: Table = {
     ANY: _SMALL,
@@ -177,6 +212,7 @@ TABLES: dict[str, Table] = {
     "backward_keys_rich": BACKWARD_KEYS_RICH,
     "backward_queries": BACKWARD_QUERIES,
     "square": SQUARE,
+    "weights": WEIGHTS,
 }
 _forced: dict[str, Tile] = {}
 
@@ -193,6 +229,7 @@ _ALIVE: dict[str, tuple[int, tuple[int, ...]]] = {
     "backward_keys_rich": (2, (1, 1)),
     "backward_queries": (2, (0,)),
     "square": (2, ()),
+    "weights": (1, ()),
 }
 
 
@@ -230,7 +267,9 @@ def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Ti
     for rows, columns, num_warps, num_stages in product(all_rows, all_columns, (4, 8), (1, 2, 3, 4)):
         # The rows of a product are shared out among warps, 16 each.
         owned = min(((rows, columns)[axis] for axis in sums), default=rows)
-        if (name == "square" and rows != columns) or (name != "decode" and size == 2 and owned < 16 * num_warps):
+        if (name in ("square", "weights") and rows != columns) or (
+            name != "decode" and size == 2 and owned < 16 * num_warps
+        ):
             continue
         accumulators = scores * rows * columns + sum((rows, columns)[axis] * dim for axis in sums)
         # A step's two tiles for each stage, and what stays for the whole loop.

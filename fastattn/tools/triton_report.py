@@ -10,7 +10,6 @@ import argparse
 import ast
 import hashlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import queue
@@ -171,10 +170,10 @@ def compiled(architecture: int, configuration: Configuration) -> Line:
 def _serial(code: str) -> int:
     """Returns how many HGMMA of some machine code wait for the one before them, though both add to the same sum."""
     # An instruction that others wait for says so; of a product that is several of them, only the last should.
-    found = re.findall(r"\bHGMMA\.\S+ (R\d+), ([^;]*)", code)
+    found = re.findall(r"\bHGMMA\.\S+ (R\d+), ([^;]*);|\b(WARPGROUP\.DEPBAR\.LE gsb0, 0x0|BRA)\b", code)
     return sum(
-        "gsb0" in operands and re.search(rf"\b{to}\b", more) is not None and to == again
-        for (to, operands), (again, more) in itertools.pairwise(found)
+        "gsb0" in operands and "gsb0" in wait and to == again and re.search(rf"\b{to}\b", more) is not None
+        for (to, operands, _), (_, _, wait), (again, more, _) in zip(found, found[1:], found[2:], strict=False)
     )
 
 
