@@ -94,7 +94,7 @@ FORWARD_RICH: Table = {
 FORWARD_RICH[100] = FORWARD_RICH[90]
 # Two sums of head_dim columns stay in registers; float64 with 256 of them has no tile for GPUs with 99 KB a program.
 _WIDE_BACKWARD: Choices = {
-    (4, 128): (Tile(32, 32, 8, 1),),
+    (4, 128): (Tile(16, 32, 8, 1),),
     (4, 256): (Tile(16, 16, 4, 1),),
     (8, 64): (Tile(32, 32, 8, 1),),
     (8, 256): (Tile(16, 16, 8, 1),),
