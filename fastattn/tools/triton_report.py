@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,10 +111,8 @@ def configurations(architecture: int, modules: Sequence[str] = MODULES) -> Itera
 
 def key(architecture: int, configuration: Configuration) -> str:
     """Returns 12 hexadecimal digits of what decides over the machine code, besides the compiler's version."""
-    sources: dict[str, str] = {}
-    _collect(configuration.kernel, sources)
     options = sorted(configuration.options.items())
-    text = f"{architecture} {sorted(sources.items())} {_described(configuration.arguments)} {options}"
+    text = f"{architecture} {_code(configuration.kernel)} {_described(configuration.arguments)} {options}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -270,6 +269,14 @@ def _compile_share(number: int, jobs: int, known: frozenset[str], limit: int, fo
     except Exception as error:
         # Not the error itself: the compiler's own may not go from one process to another.
         found.put(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+@cache
+def _code(kernel: Any) -> list[tuple[str, str]]:
+    """Returns the code of a kernel, and of all it calls, by name."""
+    found: dict[str, str] = {}
+    _collect(kernel, found)
+    return sorted(found.items())
 
 
 def _collect(kernel: Any, found: dict[str, str]) -> None:
