@@ -136,7 +136,7 @@ def attention_bwd_keys_kernel(
     begin, free_begin, free_end, end = masking.query_parts(
         problem.mask, column_begin, column_begin + KEYS, limit, problem.seq_len_q, ROWS
     )
-    state = (empty_sum(KEYS, DIM, dtype), empty_sum(KEYS, DIM_V, dtype), tl.zeros([KEYS], dtype))
+    state = (empty_sum(KEYS, DIM, dtype), empty_sum(KEYS, DIM_V, dtype, 1), tl.zeros([KEYS], dtype))
     state = _add_queries(
         state, query, query_box, k, v, dout, dout_box, statistics, first_row, dkey, dvalue, of_keys, dbias, room,
         room_box, where, problem, batch, head, column_begin, free_begin, free_end, free_end, 0, limit, head_dim,

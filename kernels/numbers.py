@@ -12,15 +12,18 @@ _INTERPRETING = tl.constexpr(is_interpreting())
 
 
 @triton.jit
-def empty_sum(ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+def empty_sum(ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr, WHICH: tl.constexpr = 0):
     """Returns zeros [ROWS, COLUMNS] that products are to be added to.
 
     On sm_90 they come out of an instruction that the compiler knows nothing of. It would write zeros before a loop and
     once more where the loop is skipped, and the assembler, which takes that for a write amid the loop's products, would
     make each of them wait for the one before (its message C7515).
+
+    Args:
+        WHICH: another number for each of a kernel's sums, lest the compiler make them of the same zeros.
     """
     if not _INTERPRETING and cuda_capability_geq(9) and not cuda_capability_geq(10) and dtype == tl.float32:
-        at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        at = (WHICH * ROWS + tl.arange(0, ROWS)[:, None]) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         zeros = tl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [at], dtype=tl.float32, is_pure=True, pack=1)
     else:
         zeros = tl.zeros([ROWS, COLUMNS], dtype)

@@ -157,7 +157,7 @@ BACKWARD_QUERIES[90] = {
     **BACKWARD_QUERIES[80],
     (2, 64): (Tile(128, 64, 8, 3),),
     (2, 128): (Tile(128, 64, 8, 3),),
-    (2, 256): (Tile(128, 64, 8, 2),),
+    (2, 256): (Tile(128, 32, 8, 3),),
 }
 BACKWARD_QUERIES[100] = BACKWARD_QUERIES[90]
 # The smallest, which fits every GPU, of attention_backward_repair.py: it hardly ever has anything to do.
