@@ -35,6 +35,7 @@ SPILLED = (
     # The four operands of a tile's two products go through registers at once.
     ("80", "attention backward, diagonals bfloat16 128", 8),
     ("90", "attention backward, (bias|diagonals) bfloat16 256", 32),
+    ("100", "attention backward, (bias|diagonals) bfloat16", 136),
     # It nearly never runs.
     ("", "attention backward, repair bfloat16", 16),
     ("", "attention backward, repair float(32|64)", 2328),
