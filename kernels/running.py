@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels import masking, packing, philox
-from fastattn.kernels.numbers import inverse
+from fastattn.kernels.numbers import empty_sum, inverse
 from fastattn.kernels.tile import LOG2_E, accumulator, all_finite, finish_scores, load_rows
 from fastattn.spec.attention import AttentionCall
 
@@ -28,7 +28,7 @@ def folds(call: AttentionCall) -> bool:
 def nothing_yet(dtype: tl.constexpr, ROWS: tl.constexpr, DIM_V: tl.constexpr):
     """Returns a state that has seen no key: ``(out, top, total)``, the output before its division [ROWS, DIM_V], the
     maximum of the scores in powers of two and the sum of their exponentials [ROWS]."""
-    return tl.zeros([ROWS, DIM_V], dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype)
+    return empty_sum(ROWS, DIM_V, dtype), tl.full([ROWS], float("-inf"), dtype), tl.zeros([ROWS], dtype)
 
 
 @triton.jit
