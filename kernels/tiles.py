@@ -44,7 +44,7 @@ _WIDE: Choices = {
 # at once, and the compiler runs out of registers for them.
 _WIDE_FORWARD: Choices = {
     **_WIDE,
-    (4, 64): (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
+    (4, 64): (Tile(32, 32, 4, 2), Tile(32, 16, 4, 1)),
     (4, 128): (Tile(32, 16, 8, 2), Tile(32, 16, 4, 1)),
     (4, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     (8, 64): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
