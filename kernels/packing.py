@@ -12,11 +12,21 @@ from typing import Any
 import triton
 import triton.language as tl
 
+# Bounds that a program looks at together.
+BOUNDS = tl.constexpr(1024)
+
 
 @triton.jit
 def _span(starts, sequence, tokens, longest):
-    """Returns where a sequence begins, int64, and its length, int32."""
-    begin = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), tokens)
+    """Returns where a sequence begins, int64, and its length, int32.
+
+    No sequence begins before an earlier one ends: bounds that fall would have two programs write the same rows.
+    """
+    begin = tl.full([], 0, tl.int64)
+    for first in range(0, sequence + 1, BOUNDS):
+        at = first + tl.arange(0, BOUNDS)
+        begin = tl.maximum(begin, tl.max(tl.load(starts + at, mask=at <= sequence, other=0)))
+    begin = tl.minimum(begin, tokens)
     end = tl.minimum(tl.maximum(tl.load(starts + sequence + 1), 0), tokens)
     return begin, tl.minimum(tl.maximum(end - begin, 0), longest).to(tl.int32)
 

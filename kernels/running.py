@@ -95,7 +95,7 @@ def add_tiles(
         start = tl.multiple_of(tl.where(at < gap_begin, at, at + gap), KEYS)
         columns = (start + tl.arange(0, KEYS))[None, :]
         k = load_keys(key, key_box, pages, problem, batch, head_kv, start, limit, head_dim, PAGE, KEYS, DIM, MASKED)
-        product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=out.dtype)
+        product = _products(q, k, PRECISION, out.dtype, ROWS, KEYS, DIM)
         # -inf minus -inf is NaN: a row that has seen nothing yet subtracts 0.
         if FOLDED:
             if MASKED:
@@ -129,6 +129,26 @@ def add_tiles(
         else:
             out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=out.dtype)
     return out, top, total
+
+
+@triton.jit
+def _products(
+    q, k, PRECISION: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr
+):
+    """Returns the products [ROWS, KEYS] of queries and keys.
+
+    Plain cores multiply from registers, and a thread would hold all columns of its queries and keys. Of a few queries,
+    which leave the threads little else to do, each warp takes some columns instead, and their sums are added up.
+    """
+    SLICE: tl.constexpr = 32
+    if ROWS == 16 and DIM > SLICE and q.dtype == tl.float32 and PRECISION == "ieee":
+        PARTS: tl.constexpr = DIM // SLICE
+        of_q = tl.permute(tl.reshape(q, [ROWS, PARTS, SLICE]), [1, 0, 2])
+        of_k = tl.permute(tl.reshape(k, [KEYS, PARTS, SLICE]), [1, 2, 0])
+        product = tl.sum(tl.dot(of_q, of_k, input_precision=PRECISION, out_dtype=DTYPE), axis=0)
+    else:
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=DTYPE)
+    return product
 
 
 @triton.jit

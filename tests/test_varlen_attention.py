@@ -26,20 +26,25 @@ def cumulative(lengths, dtype=torch.int32):
 BOUNDS = cumulative(LENGTHS_Q), cumulative(LENGTHS_K, torch.int64)
 
 
-def packed(seed=0, dtype=torch.float64, heads=(4, 2)):
+# So few queries of so many keys that the keys are shared out among programs.
+FEW_Q, FEW_K = [1, 0, 3, 2, 1, 1], [300, 5, 0, 275, 17, 0]
+FEW_BOUNDS = cumulative(FEW_Q), cumulative(FEW_K)
+
+
+def packed(seed=0, dtype=torch.float64, heads=(4, 2), lengths=(LENGTHS_Q, LENGTHS_K)):
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    tokens_q, tokens_k = sum(LENGTHS_Q), sum(LENGTHS_K)
+    tokens_q, tokens_k = map(sum, lengths)
     return make(tokens_q, heads[0], 8), make(tokens_k, heads[1], 8), make(tokens_k, heads[1], 6)
 
 
-def one_by_one(query, key, value, **options):
+def one_by_one(query, key, value, lengths=(LENGTHS_Q, LENGTHS_K), **options):
     """Returns what ``attention`` gives for each sequence, put together."""
     outs, lses = [], []
-    for q, k, v in zip(query.split(LENGTHS_Q), key.split(LENGTHS_K), value.split(LENGTHS_K), strict=True):
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
         one = [t.transpose(0, 1)[None] for t in (q, k, v)]
         out, lse = fastattn.attention(*one, **options, return_lse=True, backend="reference")
         outs.append(out[0].transpose(0, 1))
@@ -132,6 +137,60 @@ def test_dropout_is_that_of_each_sequence(backend):
         torch.testing.assert_close(dv[begin:end], expected)
 
 
+@pytest.mark.parametrize("mask", [None, Causal(), Window(150, None, "top_left")], ids=repr)
+def test_few_queries_of_each(mask, backend):
+    """Against each by itself, with all that packed calls have; empty sequences, and queries without keys."""
+    q, k, v = packed(lengths=(FEW_Q, FEW_K))
+    bias, slopes = alibi()
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    options = {"mask": mask, "bias": bias, "softcap": 4.0, "sinks": sinks}
+    leaves = (q, k, v, sinks, slopes)
+    out, lse = fastattn.varlen_attention(q, k, v, *FEW_BOUNDS, **options, return_lse=True, backend=backend)
+    expected, expected_lse = one_by_one(q, k, v, (FEW_Q, FEW_K), **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    dout = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).sin().view(out.shape)
+    found, right = (torch.autograd.grad(o, leaves, dout) for o in (out, expected))
+    for got, want in zip(found, right, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_few_queries_beside_poison(backend):
+    """Exact, the same bits again, and NaN and infinity of a neighbour, or behind the mask, are nowhere."""
+    clean = [t.detach() for t in packed(dtype=torch.bfloat16, lengths=(FEW_Q, FEW_K))]
+    q, k, v = (t.clone() for t in clean)
+    k[300:305], v[300:305] = float("nan"), float("inf")  # of the second sequence, which has no queries
+    v[305 + 270 :] = float("nan")  # of the fourth's keys, those after what its window shows; of the fifth
+    mask = Window(200, 0, "top_left")
+    out, lse = fastattn.varlen_attention(q, k, v, *FEW_BOUNDS, mask=mask, return_lse=True, backend=backend)
+    exact, exact_lse = one_by_one(*(t.double() for t in clean), (FEW_Q, FEW_K), mask=mask)
+    assert out[6].isnan().all()
+    assert not out[7].any()
+    assert (out[:6] - exact[:6]).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    again = fastattn.varlen_attention(q, k, v, *FEW_BOUNDS, mask=mask, backend=backend)
+    assert torch.equal(again[:6], out[:6])
+
+
+@pytest.mark.skipif(not TRITON or torch.cuda.is_available(), reason="is about Triton's interpreter")
+def test_few_queries_share_out_their_keys_and_drop_as_others_do(monkeypatch):
+    from fastattn.kernels import decode
+
+    launched = []
+    start = decode.start
+    monkeypatch.setattr(decode, "start", lambda one: (launched.append(one[0].fn.__name__), start(one)))
+    q, k, v = (t.detach() for t in packed(dtype=torch.float32, heads=(6, 2), lengths=(FEW_Q, FEW_K)))
+    found, right = (
+        fastattn.varlen_attention(
+            q, k, v, *FEW_BOUNDS, dropout_p=0.4, generator=torch.Generator().manual_seed(3), backend=backend
+        )
+        for backend in ("triton", "reference")
+    )
+    assert launched == ["_decode_kernel", "_add_splits_kernel"]
+    torch.testing.assert_close(found, right)
+
+
 def test_the_sequences_of_a_call_are_what_attention_would_get():
     q, k, v = packed()
     call = varlen_call(q, k, v, *BOUNDS, mask=Causal(), bias=alibi()[0], backend="")
@@ -199,7 +258,13 @@ def test_bounds_that_change_after_they_were_checked_lead_nowhere(bounds, backend
     for rows, _, _ in sequences(call):
         covered[rows] = True
     assert not out[0][:, covered].isnan().any()
-    found.attention_backward(call, out.zero_(), lse.zero_(), torch.ones_like(out), None, [True] * 3 + [False] * 3)
+    # Bounds that fall leave no row to two sequences, whose programs would race for it.
+    assert sum(rows.stop - rows.start for rows, _, _ in sequences(call)) == covered.sum()
+    assert torch.equal(found.attention(call)[0][:, :, covered], out[:, :, covered])
+    gradients = found.attention_backward(
+        call, out.zero_(), lse.zero_(), torch.ones_like(out), None, [True] * 3 + [False] * 3
+    )
+    assert not gradients[0][0][:, covered].isnan().any()
     for room, tensor in zip(fence, (q, k, v), strict=True):
         assert room[:80].isnan().all()
         assert room[80 + len(tensor) :].isnan().all()

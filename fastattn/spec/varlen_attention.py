@@ -8,7 +8,7 @@ over each by itself: ``diag_lo`` and ``diag_hi`` count from the diagonal through
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -89,7 +89,8 @@ def varlen_call(
 def sequences(call: AttentionCall) -> Iterator[tuple[slice, slice, AttentionCall]]:
     """Yields the queries and the keys of each sequence of a packed call, and the call that it is by itself.
 
-    Bounds that do not fit the tensors are cut off.
+    Bounds that do not fit the tensors are cut off, and one that falls counts as the greatest before it: whatever the
+    bounds are, no two sequences share a row.
     """
     assert call.starts_q is not None
     assert call.starts_k is not None
@@ -134,8 +135,10 @@ def diagonals(call: AttentionCall, len_q: int, len_k: int) -> slice:
 
 
 def _spans(starts: list[int], tokens: int, longest: int) -> Iterator[slice]:
-    for start, end in pairwise(min(max(start, 0), tokens) for start in starts):
-        yield slice(start, start + min(max(end - start, 0), longest))
+    # Bounds that fall would have two sequences own the same rows.
+    ends = list(accumulate((min(max(start, 0), tokens) for start in starts), max))
+    for start, end in pairwise(ends):
+        yield slice(start, start + min(end - start, longest))
 
 
 def _bounds(name: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
