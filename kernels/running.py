@@ -140,8 +140,9 @@ def _products(
     Plain cores multiply from registers, and a thread would hold all columns of its queries and keys. Of a few queries,
     which leave the threads little else to do, each warp takes some columns instead, and their sums are added up.
     """
-    SLICE: tl.constexpr = 32
-    if ROWS == 16 and DIM > SLICE and q.dtype == tl.float32 and PRECISION == "ieee":
+    SLICE: tl.constexpr = 16 if q.dtype == tl.float64 else 32
+    WIDE: tl.constexpr = q.dtype == tl.float64 or (q.dtype == tl.float32 and PRECISION == "ieee")
+    if WIDE and ROWS == 16 and DIM > SLICE:
         PARTS: tl.constexpr = DIM // SLICE
         of_q = tl.permute(tl.reshape(q, [ROWS, PARTS, SLICE]), [1, 0, 2])
         of_k = tl.permute(tl.reshape(k, [KEYS, PARTS, SLICE]), [1, 2, 0])

@@ -50,6 +50,21 @@ def _small_grid():
             ]
         },
         "decode": {"rows": [{"name": "one", "batch": 1, "heads": [4, 2], "cache": 33, "head_dim": 8}]},
+        "packed": {
+            "rows": [
+                {"name": "some", "lengths": [9, 4], "heads": [4, 2], "head_dim": 8, "causal": True},
+                {
+                    "name": "single",
+                    "lengths": [9, 4],
+                    "times": 2,
+                    "queries": 1,
+                    "heads": [4, 2],
+                    "head_dim": 8,
+                    "causal": True,
+                },
+            ]
+        },
+        "paged": {"rows": [{"name": "pages", "batch": 2, "heads": [4, 2], "cache": 33, "page_size": 8, "head_dim": 8}]},
         "softmax": {"rows": [[7, 33]]},
         "feed_forward": {"rows": [[5, 8, 16, "relu"], [5, 8, 16, "swiglu"]]},
         "linear_cross_entropy": {"rows": [[5, 8, 33]]},
@@ -81,6 +96,8 @@ def _small_grid():
 COUNTS = {
     "attention": 7 * 2,
     "decode": 1,
+    "packed": 2 + 1,
+    "paged": 1,
     "softmax": 4 * 2,
     "feed_forward": 2 * 2,
     "linear_cross_entropy": 2,

@@ -73,6 +73,14 @@ def test_every_peer_decodes(heads, dtype):
 @pytest.mark.parametrize(
     ("family", "row", "peer"),
     [
+        ("packed", {"lengths": [9, 4], "heads": [4, 2], "head_dim": 8, "causal": True}, "torch SDPA"),
+        ("packed", {"lengths": [9, 4], "heads": [2, 2], "head_dim": 8, "causal": False}, "torch SDPA"),
+        (
+            "packed",
+            {"lengths": [9], "times": 2, "queries": 1, "heads": [4, 2], "head_dim": 8, "causal": True},
+            "torch SDPA",
+        ),
+        ("paged", {"batch": 2, "heads": [4, 2], "cache": 33, "page_size": 8, "head_dim": 8}, "torch SDPA"),
         ("softmax", [7, 33], "torch eager"),
         ("feed_forward", [5, 8, 16, "swiglu"], "torch eager"),
         ("module", [2, 5, 16, 2], "torch.nn"),

@@ -68,7 +68,8 @@ def test_every_section_has_records(run):
     _, _, lines = run
     checked = [line for line in lines if line["section"] == "numerics"]
     ops = {"attention", "softmax", "rms_norm", "feed_forward", "linear_cross_entropy"}
-    assert {line["op"] for line in checked} == ops | {"attention_weights", "dropout", "varlen_attention"}
+    others = {"attention_weights", "dropout", "varlen_attention", "paged_attention"}
+    assert {line["op"] for line in checked} == ops | others
     assert {line["backend"] for line in checked} == {"triton", "reference"}
     assert all(line["ok"] for line in checked), [line for line in checked if not line["ok"]]
     timed = [line for line in lines if line["section"] == "speed"]
@@ -176,7 +177,8 @@ def test_the_plan_for_a_gpu(quick):
         sent = json.dumps(job.as_json())
         assert json.dumps(Job(**json.loads(sent)).as_json()) == sent
     rows = {(job.parameters["family"], job.parameters["row"]) for job in timed}
-    wanted = {(f, name) for f in ("attention", "decode", "softmax") for name, _ in families.rows(f, device="cuda")}
+    known = ("attention", "decode", "packed", "paged", "softmax")
+    wanted = {(f, name) for f in known for name, _ in families.rows(f, device="cuda")}
     assert rows >= wanted if not quick else rows & wanted
     # Every row that a target names is timed, in a quick run at least one of each.
     for aim in targets.AIMS:
@@ -192,7 +194,7 @@ def test_candidates_begin_with_what_the_table_holds(architecture):
     for search in searches(quick=False, tiny=False):
         assert isinstance(Search.of(json.loads(json.dumps(search.as_json()))), Search)
         found = candidates(search, architecture, quick=False, tiny=False)
-        assert len(found) == len(set(found)) > 5
+        assert len(found) == len(set(found)) > 5, search.name
         if search.table in tiles.TABLES:
             table = tiles.TABLES[search.table][architecture]
             assert found[0] in {tuple(tile) for held in table.values() for tile in held}

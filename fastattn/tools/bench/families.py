@@ -17,6 +17,7 @@ from fastattn.tools.bench import (
     model,
     module,
     overhead,
+    packed,
     positions,
     scaling,
     softmax,
@@ -27,6 +28,8 @@ from fastattn.tools.bench.case import Case
 FAMILIES: dict[str, Callable[[str, Any, torch.dtype, str], Iterator[Case]]] = {
     "attention": attention.cases,
     "decode": decode.cases,
+    "packed": packed.packed_cases,
+    "paged": packed.paged_cases,
     "softmax": softmax.cases,
     "feed_forward": feed_forward.cases,
     "linear_cross_entropy": linear_cross_entropy.cases,

@@ -6,7 +6,7 @@ gradients of :attr:`tensors`, in that order, for the gradient ``dout`` of the ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -116,6 +116,95 @@ class DecodeWorkload:
     @property
     def grouped(self) -> bool:
         return self.query.shape[1] != self.key.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWorkload:
+    """Attention within each of several sequences that are packed one after another.
+
+    Attributes:
+        query: [tokens_q, num_heads_q, head_dim].
+        key: [tokens_k, num_heads_kv, head_dim].
+        value: like ``key``.
+        dout: gradient of the output, like ``query``.
+        lengths: queries and keys of each sequence.
+        causal: the last query of a sequence sees all of its keys, the one before one less, and so on.
+        backward: whether gradients of ``tensors`` are wanted, or the output without any.
+        alone: with ``backward``, that the gradients alone are computed, again and again from one forward.
+    """
+
+    family: ClassVar[str] = "packed"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    lengths: tuple[tuple[int, int], ...]
+    causal: bool = False
+    backward: bool = False
+    alone: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.query, self.key, self.value]
+
+    @property
+    def grouped(self) -> bool:
+        return self.query.shape[1] != self.key.shape[1]
+
+    @property
+    def square(self) -> bool:
+        """Whether each sequence has as many queries as keys."""
+        return all(q == k for q, k in self.lengths)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The most queries, and the most keys, of a sequence."""
+        return max(q for q, _ in self.lengths), max(k for _, k in self.lengths)
+
+    def bounds(self, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+        """Returns where the sequences' queries, and their keys, begin and end: [num_sequences + 1] each."""
+        found = (torch.tensor([(0, 0), *self.lengths], device=self.query.device)).cumsum(0).to(dtype)
+        return found[:, 0].contiguous(), found[:, 1].contiguous()
+
+    def asking(self, direction: str) -> PackedWorkload:
+        """Returns the same for a direction."""
+        return replace(self, backward=direction != "forward", alone=direction == "backward")
+
+
+@dataclass(frozen=True, eq=False)
+class PagedWorkload:
+    """One query a sequence against a cache that lies in pages; without gradients.
+
+    Attributes:
+        query: [batch, num_heads_q, 1, head_dim].
+        key_cache: [num_pages, page_size, num_heads_kv, head_dim].
+        value_cache: like ``key_cache``.
+        table: int32 [batch, max_pages], the pages of each sequence.
+        lengths: int32 [batch], keys of each.
+    """
+
+    family: ClassVar[str] = "paged"
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    table: Tensor
+    lengths: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.query, self.key_cache, self.value_cache]
+
+    @property
+    def grouped(self) -> bool:
+        return self.query.shape[1] != self.key_cache.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +417,8 @@ class ModelWorkload:
 Workload = (
     AttentionWorkload
     | DecodeWorkload
+    | PackedWorkload
+    | PagedWorkload
     | SoftmaxWorkload
     | FeedForwardWorkload
     | LossWorkload

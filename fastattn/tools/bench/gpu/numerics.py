@@ -333,25 +333,65 @@ def _weights(job: Job, context: Context, emit: Emit) -> None:
 
 
 def _packed(job: Job, context: Context, emit: Emit) -> None:
-    """Compares packed sequences, output and gradients, with float64."""
+    """Compares packed sequences, output and gradients, with float64, and with themselves again and again."""
     given = job.parameters
-    lengths = [3, 0, 17, 9] if context.tiny else [3, 129, 0, 517, 64, 1000]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(context.device)
-    tokens = sum(lengths)
-    draw = Draw(torch.bfloat16, context.device)
-    tensors = [draw(tokens, 4, 64), draw(tokens, 2, 64), draw(tokens, 2, 64)]
-    dout = draw(tokens, 4, 64)
+    many = [3, 0, 17, 9] if context.tiny else [3, 129, 0, 517, 64, 1000]
+    # Few queries of each share out their keys among programs.
+    few_q, few_k = ([1, 0, 2], [259, 3, 5]) if context.tiny else ([1, 4, 0, 1, 2, 1], [4099, 1, 77, 8192, 300, 0])
+    for row, lengths_q, lengths_k in (("causal", many, many), ("few queries", few_q, few_k)):
+        bounds = [
+            torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(context.device)
+            for lengths in (lengths_q, lengths_k)
+        ]
+        draw = Draw(torch.bfloat16, context.device)
+        tensors = [draw(sum(lengths_q), 4, 64), draw(sum(lengths_k), 2, 64), draw(sum(lengths_k), 2, 64)]
+        dout = draw(sum(lengths_q), 4, 64)
 
-    def answers(inputs: list[Tensor], backend: str) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        query, key, value = leaves
-        out = fastattn.varlen_attention(query, key, value, bounds, bounds, mask=masks.Causal(), backend=backend)
-        assert isinstance(out, Tensor)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+        def answers(inputs: Sequence[Tensor], backend: str, bounds: Any = bounds, dout: Tensor = dout) -> list[Tensor]:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            query, key, value = leaves
+            out = fastattn.varlen_attention(query, key, value, *bounds, mask=masks.Causal(), backend=backend)
+            assert isinstance(out, Tensor)
+            return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
-    exact = answers([t.double() for t in tensors], "reference")
-    error = max(relative(a, b) for a, b in zip(answers(tensors, given["backend"]), exact, strict=True))
-    _judge(emit, given, "varlen_attention", "causal", error, TOLERANCE[torch.bfloat16], "against float64")
+        exact = answers([t.double() for t in tensors], "reference")
+        error = max(relative(a, b) for a, b in zip(answers(tensors, given["backend"]), exact, strict=True))
+        _judge(emit, given, "varlen_attention", row, error, TOLERANCE[torch.bfloat16], "against float64")
+        once = partial(answers, backend=given["backend"])
+        names, repeats = ["out", "dq", "dk", "dv"], context.repeats(200, 30)
+        _repeat(once, tensors, names, repeats, {**given, "row": row}, "varlen_attention", emit)
+
+
+def _paged(job: Job, context: Context, emit: Emit) -> None:
+    """Compares attention over pages with float64, and with itself again and again; what no length reaches is NaN."""
+    given = job.parameters
+    batch, length, queries = (2, 37, 2) if context.tiny else (5, 3001, 3)
+    for page_size in (16,) if context.tiny else (16, 100, 256):
+        draw = Draw(torch.bfloat16, context.device)
+        pages = -(-length // page_size)
+        query = draw(batch, 8, queries, 128)
+        caches = [draw(batch * pages + 3, page_size, 2, 128) for _ in range(2)]
+        order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(_SEED)).view(batch, pages)
+        lengths = torch.linspace(0, length, batch).int()
+        there = torch.zeros(batch * pages + 3, page_size, dtype=torch.bool)
+        for b in range(batch):
+            there[order[b]] = (torch.arange(pages * page_size) < lengths[b]).view(pages, page_size)
+        table, lengths, hidden = (t.to(context.device) for t in (order, lengths, ~there))
+        exact = [t.double().masked_fill(hidden[..., None, None], 0.0) for t in caches]
+        for cache in caches:
+            cache[hidden] = float("nan")
+
+        def attend(tensors: Sequence[Tensor], backend: str, table: Tensor = table, lengths: Tensor = lengths) -> Any:
+            return fastattn.paged_attention(*tensors, table, lengths, backend=backend)
+
+        with torch.no_grad():
+            found = attend([query, *caches], given["backend"])
+            error = relative(found, attend([query.double(), *exact], "reference"))
+            row = f"pages of {page_size}"
+            _judge(emit, given, "paged_attention", row, error, TOLERANCE[torch.bfloat16], "against float64")
+            repeats = context.repeats(200, 30)
+            moved = sum(not torch.equal(found, attend([query, *caches], given["backend"])) for _ in range(repeats))
+        _judge(emit, given, "paged_attention", row, float(moved), 0.0, f"same bits {repeats} times")
 
 
 def _huge(job: Job, context: Context, emit: Emit) -> None:
@@ -383,5 +423,6 @@ KINDS: dict[str, Callable[[Job, Context, Emit], None]] = {
     "poison": _poison,
     "weights": _weights,
     "packed": _packed,
+    "paged": _paged,
     "huge": _huge,
 }

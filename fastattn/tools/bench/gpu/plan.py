@@ -15,6 +15,8 @@ from fastattn.tools.bench.gpu.jobs import Job
 _QUICK_ROWS = {
     "attention": ("d64-full", "d128-8k", "d128-16k", "bias-grad"),
     "decode": ("long", "gpu"),
+    "packed": ("packed-mixed", "packed-decode"),
+    "paged": ("paged-16",),
     "softmax": ("65536x4096", "8192x32768", "1024x262144"),
     "feed_forward": ("8192x4096x16384xgelu",),
     "linear_cross_entropy": ("8192x4096x131072",),
@@ -25,6 +27,8 @@ _QUICK_ROWS = {
 _IMPORTANCE = {
     "attention": 0.0,
     "decode": 1.0,
+    "packed": 1.2,
+    "paged": 1.3,
     "linear_cross_entropy": 1.5,
     "feed_forward": 1.8,
     "softmax": 2.0,
@@ -37,6 +41,8 @@ _TINY_ROW: dict[str, Any] = {"batch": 1, "heads": [2, 1], "seq_len": [20, 20], "
 _TINY: dict[str, list[tuple[str, Any]]] = {
     "attention": [("tiny", _TINY_ROW)],
     "decode": [("tiny", {"batch": 1, "heads": [2, 1], "cache": 33, "head_dim": 16})],
+    "packed": [("tiny", {"lengths": [9, 4], "heads": [2, 1], "head_dim": 16, "causal": True})],
+    "paged": [("tiny", {"batch": 2, "heads": [2, 1], "cache": 33, "page_size": 16, "head_dim": 16})],
     "softmax": [("3x70", [3, 70])],
     "linear_cross_entropy": [("5x16x40", [5, 16, 40])],
     "feed_forward": [("5x16x40xgelu", [5, 16, 40, "gelu"])],
@@ -65,7 +71,7 @@ def checks(backends: Sequence[str], *, quick: bool, tiny: bool) -> list[Job]:
         for op in ("softmax",) if tiny else numerics.RACED_OPS:
             given = {"op": op, "backend": backend}
             found.append(Job(f"races of {op} {backend}", "numerics", "row-races", given, importance=2.5))
-        for kind in ("dropout", "poison", "weights", "packed"):
+        for kind in ("dropout", "poison", "weights", "packed", "paged"):
             found.append(Job(f"{kind} {backend}", "numerics", kind, {"backend": backend}, importance=2.0))
         if not (quick or tiny):
             found.append(Job(f"huge {backend}", "numerics", "huge", {"backend": backend}, importance=4.0, limit=180.0))

@@ -28,8 +28,9 @@ _REGISTERS = 208
 # A candidate must be faster by this to be worth a change.
 _WORTH = 0.02
 PRODUCT = "product"
-# Candidates of a search.
+# Candidates of a search; of those that matter less, and of a quick run's, half.
 _MOST = 20
+_LESS = ("forward_rich", "backward_keys_rich", "square")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ def searches(*, quick: bool, tiny: bool) -> Iterator[Search]:
     big = [8192, 4096, 16384, "gelu"]
     yield Search(PRODUCT, (2, 2), "feed_forward", "gelu", big, "forward", [512, *big[1:]])
     yield Search("forward", (2, 256), "attention", "d256-8k", rows["d256-8k"], "forward", short["d256-8k"])
+    # Calls with a bias, and packed ones, take tiles of their own; the bias' gradient is that of square tiles.
+    mixed = dict(families.rows("packed", device="cuda"))["packed-mixed"]
+    few = {**mixed, "lengths": [300, 129, 512]}
+    yield Search("forward_rich", (2, 128), "packed", "packed-mixed", mixed, "forward", few)
+    bias, small = rows["bias-grad"], short["bias-grad"]
+    yield Search("square", (2, 64), "attention", "bias-grad", bias, "backward", small)
+    yield Search("backward_keys_rich", (2, 64), "attention", "bias-grad", bias, "backward", small)
+    yield Search("forward_rich", (2, 64), "attention", "bias-grad", bias, "forward", small)
+    bias, small = ({**row, "head_dim": 128} for row in (bias, small))
+    yield Search("backward_keys_rich", (2, 128), "attention", "bias-grad d128", bias, "backward", small)
 
 
 def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) -> list[Tile]:
@@ -111,7 +122,7 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
             key=lambda tile: (not tile.persistent, abs(tile.rows - 128), abs(tile.columns - 96), -tile.num_stages),
         )
         found = [tuple(tile) for tile in (*known[:own], *likely)]
-    return found[: 2 if tiny else 10 if quick else _MOST]
+    return found[: 2 if tiny else _MOST // 2 if quick or search.table in _LESS else _MOST]
 
 
 def _product_tiles(numbers: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -48,6 +48,8 @@ AIMS = (
     Aim("attention backward d64", "attention", ("d64-full", "d64-causal"), _BACKWARD, rate=400, ratio=0.95),
     Aim("bias gradient", "attention", ("bias-grad",), _BOTH, ratio=5.0),
     Aim("decode", "decode", ("long", "gpu"), _FORWARD, share=0.85),
+    Aim("decode, packed", "packed", ("packed-decode",), _FORWARD, share=0.85),
+    Aim("decode, paged", "paged", ("paged-16", "paged-256"), _FORWARD, share=0.85),
     *(
         Aim(f"{op.replace('_', ' ')}, {way}", "softmax", (op,), way, share=0.9)
         for op in ("softmax", "log_softmax", "layer_norm", "rms_norm")

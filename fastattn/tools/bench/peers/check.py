@@ -18,6 +18,7 @@ from fastattn.tools import eager
 from fastattn.tools.bench import model, module
 from fastattn.tools.bench.case import relative
 from fastattn.tools.bench.linear_cross_entropy import loss_reference
+from fastattn.tools.bench.packed import packed_distance, paged_distance
 from fastattn.tools.bench.positions import embedding_reference, rotary_reference
 from fastattn.tools.bench.workload import (
     AttentionWorkload,
@@ -27,6 +28,8 @@ from fastattn.tools.bench.workload import (
     LossWorkload,
     ModelWorkload,
     ModuleWorkload,
+    PackedWorkload,
+    PagedWorkload,
     RotaryWorkload,
     SoftmaxWorkload,
     Workload,
@@ -186,6 +189,25 @@ def _decode(work: DecodeWorkload) -> Callable[[Any], float]:
     return _attention_output(AttentionWorkload(work.query, work.key, work.value, work.query))
 
 
+def _packed(work: PackedWorkload) -> Callable[[Any], float]:
+    def judge(answer: Any) -> float:
+        found = _tensors(answer)
+        _require(
+            [tuple(t.shape) for t in found], [tuple(t.shape) for t in (work.tensors if work.backward else [work.query])]
+        )
+        return packed_distance(work, answer)
+
+    return judge
+
+
+def _paged(work: PagedWorkload) -> Callable[[Any], float]:
+    def judge(answer: Tensor) -> float:
+        _require(tuple(answer.shape), tuple(work.query.shape))
+        return paged_distance(work, answer)
+
+    return judge
+
+
 def _softmax(work: SoftmaxWorkload) -> Callable[[Any], float]:
     # Rows know nothing of each other, but all of them have a part in a weight's gradient.
     rows = slice(None) if work.backward and work.weight is not None else slice(0, _ROWS)
@@ -285,6 +307,8 @@ def _without_dropout(work: ModelWorkload) -> ModelWorkload:
 _JUDGES: dict[str, Callable[[Any], Callable[[Any], float]]] = {
     "attention": _attention,
     "decode": _decode,
+    "packed": _packed,
+    "paged": _paged,
     "softmax": _softmax,
     "feed_forward": _feed_forward,
     "linear_cross_entropy": _loss,

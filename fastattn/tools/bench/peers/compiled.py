@@ -28,6 +28,7 @@ from fastattn.tools.bench.workload import (
     FeedForwardWorkload,
     LossWorkload,
     ModuleWorkload,
+    PackedWorkload,
     RotaryWorkload,
     SoftmaxWorkload,
 )
@@ -205,6 +206,31 @@ class FlexAttention(Peer):
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return self.attention(AttentionWorkload(work.query, work.key, work.value, work.query))
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        """All tokens as one sequence, of which each sees those of its own alone."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if work.backward and work.query.device.type == "cpu":
+            return None
+        device, causal = work.query.device, work.causal
+        counts = [torch.tensor(found, device=device) for found in zip(*work.lengths, strict=True)]
+        own_q, own_k = (torch.arange(len(n), device=device).repeat_interleave(n) for n in counts)
+        # How far from its sequence's end a query, or a key, is.
+        left_q, left_k = (n.cumsum(0).repeat_interleave(n) - torch.arange(int(n.sum()), device=device) for n in counts)
+
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            same = own_q[i] == own_k[j]
+            return same & (left_q[i] <= left_k[j]) if causal else same
+
+        mask = create_block_mask(mask_mod, None, None, len(own_q), len(own_k), device=device.type)
+        grouped = work.grouped
+        attend = compile(lambda q, k, v: flex_attention(q, k, v, None, mask, enable_gqa=grouped))
+
+        def laid_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(*(t.transpose(0, 1)[None] for t in (query, key, value)))[0].transpose(0, 1)
+
+        return timed(laid_out, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
 
 COMPILED_PEERS: tuple[Peer, ...] = (TorchCompile(), FlexAttention())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from fastattn.tools.bench.workload import (
     DecodeWorkload,
     FeedForwardWorkload,
     LossWorkload,
+    PackedWorkload,
+    PagedWorkload,
     SoftmaxWorkload,
 )
 
@@ -108,6 +111,40 @@ class FlashAttention(Library):
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return torch.no_grad()(attend)
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        run = getattr(importlib.import_module(self.package), "flash_attn_varlen_func", None)
+        if run is None:
+            return None
+        bounds, longest = work.bounds(), work.longest
+        named = dict(
+            zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*bounds, *longest), strict=True)
+        )
+        # Some versions find out the longest by themselves.
+        takes = inspect.signature(run).parameters
+        more = {name: value for name, value in named.items() if name in takes}
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out = run(query, key, value, causal=work.causal, **more)
+            return out[0] if isinstance(out, tuple) else out
+
+        return timed(attend, work.tensors, work.dout, backward=work.backward, alone=work.alone)
+
+    def paged(self, work: PagedWorkload) -> Call | None:
+        run = getattr(importlib.import_module(self.package), "flash_attn_with_kvcache", None)
+        if run is None:
+            return None
+        takes = inspect.signature(run).parameters
+        table = next((name for name in ("block_table", "page_table") if name in takes), None)
+        if table is None:
+            return None
+        query = _sequence_first(work.query)
+
+        def attend(key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            out = run(query, key_cache, value_cache, cache_seqlens=work.lengths, **{table: work.table})
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return timed(attend, work.tensors[1:])
 
 
 class XFormers(Library):

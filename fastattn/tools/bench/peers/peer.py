@@ -13,6 +13,8 @@ from fastattn.tools.bench.workload import (
     LossWorkload,
     ModelWorkload,
     ModuleWorkload,
+    PackedWorkload,
+    PagedWorkload,
     RotaryWorkload,
     SoftmaxWorkload,
     Workload,
@@ -47,6 +49,12 @@ class Peer:
         return None
 
     def decode(self, work: DecodeWorkload) -> Call | None:
+        return None
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        return None
+
+    def paged(self, work: PagedWorkload) -> Call | None:
         return None
 
     def softmax(self, work: SoftmaxWorkload) -> Call | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from fastattn.tools import eager
 from fastattn.tools.bench import model, module
 from fastattn.tools.bench.case import timed
+from fastattn.tools.bench.packed import gathered
 from fastattn.tools.bench.peers.peer import Call, Peer
 from fastattn.tools.bench.positions import rotary_tables, rotated
 from fastattn.tools.bench.workload import (
@@ -22,6 +25,8 @@ from fastattn.tools.bench.workload import (
     LossWorkload,
     ModelWorkload,
     ModuleWorkload,
+    PackedWorkload,
+    PagedWorkload,
     RotaryWorkload,
     SoftmaxWorkload,
 )
@@ -53,6 +58,36 @@ class TorchSdpa(Peer):
     def decode(self, work: DecodeWorkload) -> Call | None:
         return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=work.grouped), work.tensors)
 
+    def packed(self, work: PackedWorkload) -> Call | None:
+        """A call for each sequence."""
+        if work.causal and not (work.square or work.longest[0] == 1):
+            return None  # it aligns a causal mask at the first key
+        counts_q, counts_k = map(list, zip(*work.lengths, strict=True))
+
+        def each(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            parts = zip(query.split(counts_q), key.split(counts_k), value.split(counts_k), strict=True)
+            outs = [
+                F.scaled_dot_product_attention(
+                    *(t.transpose(0, 1)[None] for t in part),
+                    is_causal=work.causal and len(part[0]) > 1,
+                    enable_gqa=work.grouped,
+                )
+                for part in parts
+            ]
+            return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+        return timed(each, work.tensors, work.dout, backward=work.backward, alone=work.alone)
+
+    def paged(self, work: PagedWorkload) -> Call | None:
+        """Pages gathered, keys beyond a sequence's masked."""
+
+        def gather_and_attend(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            key, value = gathered(work, key_cache), gathered(work, value_cache)
+            there = torch.arange(key.shape[2], device=key.device) < work.lengths[:, None, None, None]
+            return F.scaled_dot_product_attention(query, key, value, there, enable_gqa=work.grouped)
+
+        return timed(gather_and_attend, work.tensors)
+
 
 class TorchSdpaMath(TorchSdpa):
     """``F.scaled_dot_product_attention`` with its fused kernel switched off: the composition of ops that PyTorch itself
@@ -69,6 +104,12 @@ class TorchSdpaMath(TorchSdpa):
 
     def decode(self, work: DecodeWorkload) -> Call | None:
         return _without_flash(super().decode(work))
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        return None
+
+    def paged(self, work: PagedWorkload) -> Call | None:
+        return None
 
 
 def _without_flash(call: Call | None) -> Call | None:
@@ -108,6 +149,12 @@ class TorchSdpaKernel(TorchSdpa):
     def decode(self, work: DecodeWorkload) -> Call | None:
         return self._bound(super().decode(work))
 
+    def packed(self, work: PackedWorkload) -> Call | None:
+        return None  # whichever of these is fastest is what the automatic choice takes for each sequence
+
+    def paged(self, work: PagedWorkload) -> Call | None:
+        return None
+
     def _bound(self, call: Call | None) -> Call | None:
         if call is None:
             return None
@@ -120,6 +167,91 @@ class TorchSdpaKernel(TorchSdpa):
                 return call()
 
         return run
+
+
+class TorchVarlen(Peer):
+    """``torch.nn.attention.varlen.varlen_attn``: flash attention over packed sequences, and over pages where PyTorch is
+    new enough."""
+
+    name = "torch varlen"
+    devices = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+            return f"torch {torch.__version__} has none"
+        return None if torch.cuda.is_available() else "runs on CUDA devices alone"
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        attend, takes = _varlen()
+        bounds, more = work.bounds(), _flags(takes, causal=work.causal, grouped=work.grouped)
+        return timed(
+            lambda q, k, v: attend(q, k, v, *bounds, *work.longest, **more),
+            work.tensors,
+            work.dout,
+            backward=work.backward,
+            alone=work.alone,
+        )
+
+    def paged(self, work: PagedWorkload) -> Call | None:
+        attend, takes = _varlen()
+        if not {"block_table", "seqused_k"} <= takes:
+            return None
+        query = work.query[:, :, 0].contiguous()
+        starts = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
+        longest = work.table.shape[1] * work.key_cache.shape[1]
+        more = _flags(takes, causal=False, grouped=work.grouped)
+        more |= {"block_table": work.table, "seqused_k": work.lengths}
+
+        def run(key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            return attend(query, key_cache, value_cache, starts, None, 1, longest, **more)[:, :, None]
+
+        return timed(run, work.tensors[1:])
+
+
+def _varlen() -> tuple[Callable[..., Tensor], set[str]]:
+    """Returns PyTorch's function, and the names of what it takes, which differ between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, set(inspect.signature(varlen_attn).parameters)
+
+
+def _flags(takes: set[str], *, causal: bool, grouped: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if causal:
+        found |= {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if grouped and "enable_gqa" in takes:
+        found["enable_gqa"] = True
+    return found
+
+
+class TorchNested(Peer):
+    """``F.scaled_dot_product_attention`` on nested tensors, which are views of the packed ones."""
+
+    name = "torch nested"
+    devices = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        return None if torch.cuda.is_available() else "is slow but on CUDA devices"
+
+    def packed(self, work: PackedWorkload) -> Call | None:
+        if work.grouped or (work.causal and not (work.square or work.longest[0] == 1)):
+            return None
+        bounds_q, bounds_k = work.bounds(torch.int64)
+        causal = work.causal and work.longest[0] > 1
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            nested = (
+                torch.nested.nested_tensor_from_jagged(t, bounds, max_seqlen=longest).transpose(1, 2)
+                for t, bounds, longest in zip(
+                    (query, key, value),
+                    (bounds_q, bounds_k, bounds_k),
+                    (work.longest[0], work.longest[1], work.longest[1]),
+                    strict=True,
+                )
+            )
+            return F.scaled_dot_product_attention(*nested, is_causal=causal).transpose(1, 2).values()
+
+        return timed(attend, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
 
 class TorchEager(Peer):
@@ -245,6 +377,8 @@ TORCH_PEERS: tuple[Peer, ...] = (
     TorchSdpaKernel("cuDNN", "CUDNN_ATTENTION"),
     TorchSdpaKernel("efficient", "EFFICIENT_ATTENTION"),
     TorchSdpaKernel("math on a GPU", "MATH"),
+    TorchVarlen(),
+    TorchNested(),
     TorchEager(),
     TorchNn(),
     TorchNnSlowPath(),
