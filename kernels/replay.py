@@ -8,7 +8,8 @@ launches, and which of its arguments is whose pointer. From then on only pointer
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,6 +92,8 @@ class _Current(threading.local):
 _current = _Current()
 # For each kind of call how often it has been seen; once recorded, its plan, or None where it has none.
 _seen: dict[Any, int] = {}
+# What else decides over launches than the call: see :func:`under`.
+_choice: Any = None
 _plans: dict[Any, _Plan | None] = {}
 # To record costs as much more as five replays save (150 to 340 us, 30 to 75), and many a call is not seen so often: one
 # of a decoder whose cache grows is seen once a layer.
@@ -111,7 +114,7 @@ def replayed(function: _Function) -> _Function:
         if is_interpreting() or _current.recording is not None or _hooks():
             return function(*args)
         kind, tensors = _kind(args)
-        key = (function, torch.get_float32_matmul_precision(), kind)
+        key = (function, torch.get_float32_matmul_precision(), _choice, kind)
         plan = _plans.get(key)
         if plan is not None:
             return _replay(plan, tensors)
@@ -142,6 +145,17 @@ def forget() -> None:
     """Forgets all plans, for who changes what they do not depend on, such as tiles."""
     _seen.clear()
     _plans.clear()
+
+
+@contextmanager
+def under(choice: Any) -> Iterator[None]:
+    """Remembers launches apart from those under another choice, hashable: of tiles, say."""
+    global _choice
+    before, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = before
 
 
 def plans() -> list[bool]:

@@ -242,14 +242,13 @@ def using(name: str, tile: Tile) -> Iterator[None]:
     """
     before = dict(_forced)
     _forced[name] = tile
-    # What is remembered was launched with other tiles.
-    replay.forget()
     try:
-        yield
+        # What is remembered was launched with other tiles.
+        with replay.under(tuple(sorted(_forced.items()))):
+            yield
     finally:
         _forced.clear()
         _forced.update(before)
-        replay.forget()
 
 
 def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Tile]:

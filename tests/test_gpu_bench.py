@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 
 from fastattn.tools import op_cases
 from fastattn.tools.bench import families, peers
-from fastattn.tools.bench.gpu import command, environment, lanes, pictures, plan, summary, targets
+from fastattn.tools.bench.gpu import command, environment, lanes, pictures, plan, speed, summary, targets
 from fastattn.tools.bench.gpu.jobs import Context, Job, finite
 from fastattn.tools.bench.gpu.search import Search, candidates, searches
 from fastattn.tools.bench.workload import AttentionWorkload
@@ -328,6 +329,33 @@ def test_a_backward_is_timed_by_itself():
     for _ in range(2):
         for a, b in zip(call(), eager.call(whole)(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fault", ["", "wrong", "failing"])
+def test_candidates_are_timed_beside_the_default_where_they_are_right(tmp_path, monkeypatch, fault):
+    pytest.importorskip("triton")
+    offer = (
+        "def tiles_for(call, architecture):\n    from fastattn.kernels.launch import Tile\n    yield Tile(16, 16, 4, 1)"
+    )
+    (tmp_path / "made_up_kernels.py").write_text(offer)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(speed, "CANDIDATES", {"made_up_kernels": "made up", "not_there": "missing"})
+    shape = {"batch": 1, "heads": [2, 1], "seq_len": [20, 20], "head_dim": 16, "causal": True}
+    case, backward = families.FAMILIES["attention"]("tiny", shape, torch.bfloat16, "cpu")
+    if fault:
+        case = dataclasses.replace(case, error=(lambda: 1.0) if fault == "wrong" else lambda: 1 / 0)
+    calls, notes = speed._variants(case, torch.bfloat16, Context(device="cpu"))
+    if fault:
+        assert not calls
+        assert ("off by" if fault == "wrong" else "ZeroDivisionError") in notes["fastattn (made up)"]
+        return
+    assert notes == {}
+    assert (calls["fastattn (made up)"]() - case.ours()).abs().max() < 0.05
+    assert speed._variants(backward, torch.bfloat16, Context(device="cpu")) == ({}, {})
+    # It is no peer.
+    records = [line("fastattn", 2.0), line("fastattn (made up)", 1.0), line("torch SDPA", 3.0)]
+    (reached,) = targets.reached(records, {})
+    assert reached.peer == "torch SDPA"
 
 
 def test_loss_rows_compute_the_loss():

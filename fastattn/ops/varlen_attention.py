@@ -60,7 +60,8 @@ def varlen_attention(
         UnsupportedError: the backend asked for cannot serve the call.
 
     Differs from packing with ``Segments``: only the tiles of a sequence are computed, and "bottom_right" is that of
-    each sequence.  It reads the bounds on the host, once; then the Triton backend launches once for all sequences.
+    each sequence.  It reads the bounds on the host, once, which waits for a GPU that they lie on and not for one that
+    they are copied to; then the Triton backend launches once for all sequences.
     """
     call = varlen_call(
         query,

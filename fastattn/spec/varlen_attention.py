@@ -77,9 +77,8 @@ def varlen_call(
         relative_bias=relative_bias,
         diag_lo=OPEN_LO if left is None else -left,
         diag_hi=OPEN_HI if right is None else right,
-        # Copies, lest what was checked changes before the backward reads it.
-        starts_q=cu_seqlens_q.detach().to(query.device, torch.int64, copy=True).contiguous(),
-        starts_k=cu_seqlens_k.detach().to(query.device, torch.int64, copy=True).contiguous(),
+        starts_q=_kept(cu_seqlens_q, query.device),
+        starts_k=_kept(cu_seqlens_k, query.device),
         longest_q=longest_q,
         longest_k=longest_k,
         from_end=align == "bottom_right",
@@ -139,6 +138,15 @@ def _spans(starts: list[int], tokens: int, longest: int) -> Iterator[slice]:
     ends = list(accumulate((min(max(start, 0), tokens) for start in starts), max))
     for start, end in pairwise(ends):
         yield slice(start, start + min(end - start, longest))
+
+
+def _kept(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy on the device, lest what was checked changes before the backward reads it."""
+    found = cu_seqlens.detach().to(torch.int64, copy=True).contiguous()
+    if found.device.type == "cpu" and device.type == "cuda":
+        # From pinned memory, which nobody has to wait for.
+        return found.pin_memory().to(device, non_blocking=True)
+    return found.to(device)
 
 
 def _bounds(name: str, cu_seqlens: Tensor, tokens: int) -> list[int]:

@@ -36,7 +36,7 @@ def cases(name: str, row: Mapping[str, Any], dtype: torch.dtype, device: str) ->
         directions.append(("backward", 2.5, gradients))
     for direction, factor, more in directions:
         work = replace(forward, backward=direction != "forward", alone=direction == "backward")
-        arguments = partial(_arguments, work)
+        arguments = partial(arguments_of, work)
         yield Case(
             family="attention",
             name=name,
@@ -70,7 +70,8 @@ def workload(row: Mapping[str, Any], dtype: torch.dtype, device: str) -> Attenti
     )
 
 
-def _arguments(work: AttentionWorkload, *bias: Tensor) -> dict[str, Any]:
+def arguments_of(work: AttentionWorkload, *bias: Tensor) -> dict[str, Any]:
+    """Returns the keyword arguments of ``fastattn.attention`` for a workload."""
     mask: masks.Mask | None = None
     if work.window is not None:
         mask = masks.Window(work.window - 1, 0)

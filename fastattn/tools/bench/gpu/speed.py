@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
 from fastattn.errors import UnsupportedError
 from fastattn.ops._dispatch import use_backend
+from fastattn.spec.attention import attention_call
 from fastattn.tools.bench import families, peers
+from fastattn.tools.bench.attention import arguments_of
 from fastattn.tools.bench.case import Case, size
 from fastattn.tools.bench.gpu.jobs import Context, Emit, Job, Record
-from fastattn.tools.bench.measuring import OURS, Line, Settings, measure
+from fastattn.tools.bench.measuring import OURS, TOLERANCE, Line, Settings, measure
 from fastattn.tools.bench.peers import compiled
 from fastattn.tools.bench.peers.peer import Peer
+from fastattn.tools.bench.workload import AttentionWorkload
+
+# Kernels of attention's forward that a tile must ask for: modules whose ``tiles_for(call, architecture)`` yields such
+# tiles, the likely ones first, and what the results call them.
+CANDIDATES = {"fastattn.kernels.hopper": "Gluon"}
 
 
 def _cases(job: Job, context: Context) -> Iterator[Case]:
@@ -40,7 +52,10 @@ def _time(job: Job, context: Context, emit: Emit) -> None:
     dtype = getattr(torch, job.parameters["dtype"])
     for case in _cases(job, context):
         try:
-            lines = measure(case, dtype, settings)
+            more, notes = _variants(case, dtype, context)
+            for who, note in notes.items():
+                emit({**_named(case, job), "who": who, "backend": "triton", "note": note})
+            lines = measure(replace(case, others={**case.others, **more}), dtype, settings)
         except Exception as problem:
             if context.device != "cpu":
                 torch.cuda.synchronize()  # raises where the GPU is lost to this process: the job has failed, too
@@ -51,6 +66,49 @@ def _time(job: Job, context: Context, emit: Emit) -> None:
                 # All of ours were timed in the same turns as the peers: once is enough of these.
                 if k == 0 or record["who"] == OURS:
                     emit({**_named(case, job), **record})
+
+
+def _candidates(case: Case, context: Context) -> Iterator[tuple[str, Callable[[Callable[[], Any]], Any]]]:
+    """Yields a name, and what runs a function with kernels that no table of tiles names yet: attention's forward, with
+    the first tile of each that :data:`CANDIDATES` offers."""
+    work = case.workload
+    if not isinstance(work, AttentionWorkload) or work.backward or "triton" not in context.backends:
+        return
+    for module, label in CANDIDATES.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        from fastattn.kernels import tiles
+        from fastattn.kernels.launch import architecture
+
+        call = attention_call(*work.tensors[:3], **arguments_of(work, *work.tensors[3:]), backend="triton")
+        offered = importlib.import_module(module).tiles_for(call, architecture(work.query.device))
+        for tile in islice(offered, 1):
+            yield f"{OURS} ({label})", partial(_within, partial(tiles.using, "forward", tile))
+
+
+def _variants(case: Case, dtype: torch.dtype, context: Context) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Returns, by name, ours with each of :func:`_candidates` that agrees with float64, and what is wrong with the
+    others."""
+    calls: dict[str, Callable[[], Any]] = {}
+    notes: dict[str, str] = {}
+    for who, run in _candidates(case, context):
+        try:
+            error = run(case.error)
+        except Exception as problem:
+            if context.device != "cpu":
+                torch.cuda.synchronize()  # raises where the GPU is lost to this process
+            notes[who] = f"failed: {type(problem).__name__}: {problem}"[:300]
+            continue
+        if error <= TOLERANCE[dtype]:
+            calls[who] = partial(run, case.ours)
+        else:
+            notes[who] = f"WRONG: off by {error:.0e}"
+    return calls, notes
+
+
+def _within(choice: Callable[[], AbstractContextManager[None]], run: Callable[[], Any]) -> Any:
+    with choice(), use_backend("triton"):
+        return run()
 
 
 def _named(case: Case, job: Job) -> Record:
@@ -103,6 +161,9 @@ def _warm(job: Job, context: Context, emit: Emit) -> None:
         for backend in context.backends:
             with suppress(UnsupportedError), use_backend(backend):
                 case.ours()
+        for _, run in _candidates(case, context):
+            with suppress(Exception):
+                run(case.ours)
         for peer in slow:
             # What a peer cannot do, timing finds out and says.
             with suppress(Exception):

@@ -113,8 +113,8 @@ def grouped(records: Sequence[Record]) -> dict[Key, dict[str, Record]]:
 
 
 def best_peer(group: Mapping[str, Record], among: Sequence[str] = ()) -> str | None:
-    """Returns the fastest peer of a group; None if there is none."""
-    others = [name for name in group if name != OURS and (not among or name in among)]
+    """Returns the fastest peer of a group; None if there is none. Ours with other kernels is no peer."""
+    others = [name for name in group if not name.startswith(OURS) and (not among or name in among)]
     return min(others, key=lambda name: group[name]["median_us"], default=None)
 
 
