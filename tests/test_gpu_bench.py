@@ -149,6 +149,21 @@ def test_a_budget_drops_the_least_important(tmp_path):
     assert {o.status for o in found} == {"dropped"}
 
 
+def test_a_child_is_used_again():
+    """To start one takes seconds."""
+    spare, found, processes = lanes.Spare(), [], []
+    given = {"lanes": 1, "on_record": lambda *_: None, "on_outcome": found.append, "spare": spare}
+    for name in ("first", "second"):
+        lanes.run([Job(name, "numerics", "none")], Context(device="cpu"), deadline=time.monotonic() + 60.0, **given)
+        child = spare.take({})
+        spare.give(child)
+        processes.append(child._process)
+    assert processes[0] is processes[1]
+    assert [o.status for o in found] == ["failed"] * 2
+    assert spare.take({"OTHER": "1"}) is None
+    assert processes[0].returncode is not None
+
+
 def test_children_that_do_not_start_end_the_stage(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     found = []

@@ -1,4 +1,5 @@
-"""A child process: does the jobs that stand on its standard input, one a line, and says what came of them.
+"""A child process: does the jobs that stand on its standard input, one and its context a line, and says what came of
+them.
 
 Each line that it writes is a JSON object: ``{"ready": ...}`` once, then for each job any number of ``{"record": ...}``
 and one ``{"done": name, "error": ..., "trace": ...}``.  What anybody prints goes to standard error.  A GPU that has
@@ -42,7 +43,8 @@ def main() -> int:
             torch.zeros(1, device=context.device)
         say(ready=os.getpid())
         for line in sys.stdin:
-            job = Job(**json.loads(line))
+            sent = json.loads(line)
+            job, context = Job(**sent["job"]), Context.of(sent["context"])
             error = trace = None
             try:
                 _inject(context.inject.get(job.name))

@@ -51,6 +51,8 @@ class Run:
         self._results = (folder / RESULTS).open("w", encoding="utf-8")
         self._log = (folder / LOG).open("w", encoding="utf-8")
         self._common: Record = {}
+        # Of stages that run one job at a time.
+        self._spare = lanes.Spare()
         # What was dropped, until there is time for it after all.
         self._left: dict[str, Job] = {}
 
@@ -97,6 +99,7 @@ class Run:
             on_record=lambda job, record: self.add(job.section, {"job": job.name, **record}),
             on_outcome=self._outcome,
             environment=settings,
+            spare=self._spare if alone else None,
         )
         self.write_summary()
 
@@ -229,6 +232,7 @@ class Run:
         return self.write_summary()
 
     def close(self) -> None:
+        self._spare.give(None)
         self._results.close()
         self._log.close()
 

@@ -55,6 +55,7 @@ def run(
     on_record: Callable[[Job, Record], None],
     on_outcome: Callable[[Outcome], None],
     environment: Mapping[str, str] | None = None,
+    spare: Spare | None = None,
 ) -> None:
     """Runs the jobs, the most important first, ``lanes`` at a time; returns when all are done or the time is up.
 
@@ -66,8 +67,9 @@ def run(
         on_record: called with each record, from one thread at a time.
         on_outcome: called once for each job, likewise.
         environment: variables for the children.
+        spare: a child from before that may be taken, and that gets one of these.
     """
-    queue = _Queue(jobs, deadline)
+    queue, kept = _Queue(jobs, deadline), spare or Spare()
     lock = threading.Lock()
 
     def record(job: Job, found: Record) -> None:
@@ -80,7 +82,7 @@ def run(
 
     stop = threading.Event()
     threads = [
-        threading.Thread(target=_Lane(context, queue, record, outcome, environment or {}, stop).run, daemon=True)
+        threading.Thread(target=_Lane(context, queue, record, outcome, environment or {}, stop, kept).run, daemon=True)
         for _ in range(max(1, min(lanes, len(jobs))))
     ]
     for thread in threads:
@@ -94,6 +96,9 @@ def run(
         for thread in threads:
             thread.join(2 * _END)
         raise
+    finally:
+        if spare is None:
+            kept.give(None)
     for job in queue.rest():
         outcome(Outcome(job, "dropped", "out of time", None, 0.0))
 
@@ -120,6 +125,30 @@ class _Queue:
         return left
 
 
+class Spare:
+    """A child that has done its jobs and waits for others: to start one takes seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def give(self, child: _Child | None) -> None:
+        """Keeps a child, or none; the one from before ends."""
+        with self._lock:
+            before, self._child = self._child, child
+        if before is not None:
+            before.end()
+
+    def take(self, environment: Mapping[str, str]) -> _Child | None:
+        """Returns the child, if it runs and has these variables."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None and (child.environment != environment or not child.running(0.0)):
+            child.end()
+            return None
+        return child
+
+
 class _Lane:
     """One child after another, until no job is left."""
 
@@ -131,7 +160,9 @@ class _Lane:
         on_outcome: Callable[[Outcome], None],
         environment: Mapping[str, str],
         stop: threading.Event,
+        spare: Spare,
     ) -> None:
+        self._spare = spare
         self._context = context
         self._queue = queue
         self._on_record = on_record
@@ -145,9 +176,13 @@ class _Lane:
             job = self._queue.take()
             if job is None:
                 return
-            with _Child(self._context, self._environment, self._stop) as child:
+            child, ready = self._spare.take(self._environment), True
+            if child is None:
+                child = _Child(self._context, self._environment)
+                ready = child.ready(self._queue.deadline, self._stop)
+            try:
                 # A job that finds no child to run in is told so, and the next one tried with another.
-                if not child.ready(self._queue.deadline):
+                if not ready:
                     stillborn += 1
                     self._on_outcome(Outcome(job, "died", "its process did not start", child.tail(), 0.0))
                     continue
@@ -159,7 +194,13 @@ class _Lane:
                         break
                     job = None if self._stop.is_set() else self._queue.take()
                 else:
+                    if not self._stop.is_set():
+                        self._spare.give(child)
+                        child = None
                     return
+            finally:
+                if child is not None:
+                    child.end()
 
     def _do(self, job: Job, child: _Child) -> Outcome:
         start = time.monotonic()
@@ -167,10 +208,10 @@ class _Lane:
         def outcome(status: str, error: str | None = None, trace: str | None = None) -> Outcome:
             return Outcome(job, status, error, trace, time.monotonic() - start)
 
-        child.send(job)
+        child.send(job, self._context)
         end = min(start + job.limit, max(self._queue.deadline, start) + _GRACE)
         while True:
-            line = child.read(end)
+            line = child.read(end, self._stop)
             if line is None:
                 if not child.running():
                     return outcome("died", f"its process ended with status {child.status()}", child.tail())
@@ -185,11 +226,11 @@ class _Lane:
 
 
 class _Child:
-    """A process that does jobs; it ends with the block."""
+    """A process that does jobs, until it is told to end."""
 
-    def __init__(self, context: Context, environment: Mapping[str, str], stop: threading.Event) -> None:
+    def __init__(self, context: Context, environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it ends with the child
-        self._stop = stop
+        self.environment = environment
         self.usable = True
         root = str(Path(fastattn.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -203,10 +244,8 @@ class _Child:
         )
         self._text = b""
 
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """Ends the process, and all that it started."""
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             try:
@@ -223,27 +262,27 @@ class _Child:
         self._process.wait()
         self._log.close()
 
-    def ready(self, deadline: float) -> bool:
+    def ready(self, deadline: float, stop: threading.Event) -> bool:
         """Waits until the child takes jobs; returns whether it does."""
-        line = self.read(min(time.monotonic() + _START, max(deadline, time.monotonic() + 1.0)))
+        line = self.read(min(time.monotonic() + _START, max(deadline, time.monotonic() + 1.0)), stop)
         return line is not None and "ready" in line
 
-    def send(self, job: Job) -> None:
+    def send(self, job: Job, context: Context) -> None:
         pipe: IO[bytes] | None = self._process.stdin
         assert pipe is not None
         try:
-            pipe.write(json.dumps(job.as_json()).encode() + b"\n")
+            pipe.write(json.dumps({"job": job.as_json(), "context": context.as_json()}).encode() + b"\n")
             pipe.flush()
         except OSError:
             self.usable = False  # it has ended, which reading from it tells
 
-    def read(self, end: float) -> dict[str, Any] | None:
-        """Returns the next line; None, and the child is of no more use, if none comes before ``end``."""
+    def read(self, end: float, stop: threading.Event) -> dict[str, Any] | None:
+        """Returns the next line; None, and the child is of no more use, if none comes before ``end`` or ``stop``."""
         pipe = self._process.stdout
         assert pipe is not None
         while b"\n" not in self._text:
             left = end - time.monotonic()
-            if left <= 0 or self._stop.is_set():
+            if left <= 0 or stop.is_set():
                 self.usable = False
                 return None
             if select.select([pipe], [], [], min(left, 0.5))[0]:
@@ -255,10 +294,10 @@ class _Child:
         line, self._text = self._text.split(b"\n", 1)
         return json.loads(line)
 
-    def running(self) -> bool:
-        """Whether the process still runs."""
+    def running(self, seconds: float = 0.5) -> bool:
+        """Whether the process still runs after so long."""
         try:
-            self._process.wait(0.5)
+            self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return True
         return False
