@@ -88,16 +88,11 @@ def searches(*, quick: bool, tiny: bool) -> Iterator[Search]:
     big = [8192, 4096, 16384, "gelu"]
     yield Search(PRODUCT, (2, 2), "feed_forward", "gelu", big, "forward", [512, *big[1:]])
     yield Search("forward", (2, 256), "attention", "d256-8k", rows["d256-8k"], "forward", short["d256-8k"])
-    # Calls with a bias, and packed ones, take tiles of their own; the bias' gradient is that of square tiles.
-    mixed = dict(families.rows("packed", device="cuda"))["packed-mixed"]
-    few = {**mixed, "lengths": [300, 129, 512]}
-    yield Search("forward_rich", (2, 128), "packed", "packed-mixed", mixed, "forward", few)
-    bias, small = rows["bias-grad"], short["bias-grad"]
-    yield Search("square", (2, 64), "attention", "bias-grad", bias, "backward", small)
-    yield Search("backward_keys_rich", (2, 64), "attention", "bias-grad", bias, "backward", small)
-    yield Search("forward_rich", (2, 64), "attention", "bias-grad", bias, "forward", small)
-    bias, small = ({**row, "head_dim": 128} for row in (bias, small))
-    yield Search("backward_keys_rich", (2, 128), "attention", "bias-grad d128", bias, "backward", small)
+    # Calls with a bias take tiles of their own, and its gradient square ones.
+    for table, direction in (("square", "backward"), ("backward_keys_rich", "backward"), ("forward_rich", "forward")):
+        for dim in (64,) if table == "square" else (64, 128):
+            bias, small = ({**found["bias-grad"], "head_dim": dim} for found in (rows, short))
+            yield Search(table, (2, dim), "attention", f"bias-grad d{dim}", bias, direction, small)
 
 
 def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) -> list[Tile]:
