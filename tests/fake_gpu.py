@@ -129,6 +129,10 @@ def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
             lambda q, k, v, n: fastattn.attention(q, k, v, mask=Causal() & KeyLengths(n)),
         ),
         "decode": ([query[:, :, :1], key, key], fastattn.attention),
+        "packed, a few queries": (
+            [bfloat16(3, 4, 64), bfloat16(900, 2, 64), bfloat16(900, 2, 64)],
+            lambda q, k, v: fastattn.varlen_attention(q, k, v, torch.tensor([0, 1, 3]), torch.tensor([0, 200, 900])),
+        ),
         "attention of others": ([query, query, query.clone()], fastattn.attention),
         "pages": (
             [query[:, :, :1], bfloat16(8, 16, 2, 64), bfloat16(8, 16, 2, 64), lengths // 4],
