@@ -265,6 +265,28 @@ def test_bounds_that_change_after_they_were_checked_lead_nowhere(bounds, backend
         assert room[80 + len(tensor) :].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"starts_k": None}, TypeError),
+        ({"starts_k": torch.tensor([0, 67, 74])}, ValueError),
+        ({"starts_q": torch.tensor([0, 3, 3, 38, 39, 41]).int()}, TypeError),
+        ({"starts_q": torch.tensor([[0], [3], [3], [38], [39], [41]])}, ValueError),
+        ({"longest_q": 42}, ValueError),
+        ({"longest_k": -1}, ValueError),
+        ({"longest_k": 70}, ValueError),  # and so other diagonals
+        ({"query": torch.zeros(2, 4, 41, 8)}, ValueError),
+    ],
+    ids=str,
+)
+def test_the_op_itself_refuses_what_would_lead_out_of_tensors(change, error):
+    q, k, v = (t.detach() for t in packed(dtype=torch.float32))
+    call = varlen_call(q, k, v, *BOUNDS, bias=Alibi(alibi()[1].detach()), backend="")
+    torch.ops.fastattn.attention(*call)
+    with pytest.raises(error):
+        torch.ops.fastattn.attention(*call._replace(**change))
+
+
 class Odd(RelativeBias):
     """Not one of those that end at the last key."""
 

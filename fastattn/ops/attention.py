@@ -17,6 +17,7 @@ from fastattn.ops import _dispatch
 from fastattn.ops._registry import define, plain_apply
 from fastattn.reference import attention as formula
 from fastattn.spec.attention import DIFFERENTIABLE, AttentionCall, attention_call, empty_output, lse_dtype
+from fastattn.spec.varlen_attention import check_packed
 
 # The fields of AttentionCall, as the dispatcher writes them.
 CALL_SCHEMA = """
@@ -223,6 +224,8 @@ def _mask_to_4d(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 def _kernel(*args: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*args)
+    if call.starts_q is not None:
+        check_packed(call)
     if call.is_empty:
         return _empty_result(call)
     return _dispatch.serve("attention", call, lambda backend: backend.attention(call))
@@ -246,6 +249,8 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward_kernel(*args: Any) -> list[Tensor | None]:
     call = AttentionCall(*args[:_NUM_FIELDS])
     out, lse, dout, dlse, needed = args[_NUM_FIELDS:]
+    if call.starts_q is not None:
+        check_packed(call)
     if call.is_empty:
         # A sink's gradient is that of its lse: the formula covers it.
         return gradients(lambda c: formula.attention(c), call, DIFFERENTIABLE, needed, _grad_outputs(lse, dout, dlse))

@@ -85,6 +85,36 @@ def varlen_call(
     )
 
 
+def check_packed(call: AttentionCall) -> None:
+    """Checks of a packed call what leads out of its tensors if it is wrong, without reading a bound.
+
+    Whoever calls the op itself may hand over anything. Bounds may hold anything: kernels cut them off.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: dtypes or devices do not fit.
+    """
+    assert call.starts_q is not None
+    starts = (call.starts_q, call.starts_k)
+    for name, tensor in zip(("starts_q", "starts_k"), starts, strict=True):
+        if tensor is None or tensor.dtype != torch.int64 or tensor.device != call.query.device:
+            got = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
+            raise TypeError(f"{name} must be int64 on query's device {call.query.device}, got {got}")
+        if tensor.shape != call.starts_q.shape or tensor.dim() != 1 or len(tensor) < 2 or not tensor.is_contiguous():
+            raise ValueError(
+                f"starts_q and starts_k must be contiguous [num_sequences + 1], got {[list(t.shape) for t in starts]}"
+            )
+    longest, tokens = (call.longest_q, call.longest_k), (call.query.shape[2], call.key.shape[2])
+    if call.query.shape[0] != 1 or not all(0 <= n <= most for n, most in zip(longest, tokens, strict=True)):
+        raise ValueError(
+            f"query must be [1, num_heads_q, tokens_q, head_dim], and the longest sequences of 0 to {tokens} tokens, "
+            f"got {list(call.query.shape)} and {longest}"
+        )
+    bias = call.relative_bias
+    if bias is not None and bias.shape[-1] != max(sum(longest) - 1, 0):
+        raise ValueError(f"relative_bias must have {max(sum(longest) - 1, 0)} diagonals, got {list(bias.shape)}")
+
+
 def sequences(call: AttentionCall) -> Iterator[tuple[slice, slice, AttentionCall]]:
     """Yields the queries and the keys of each sequence of a packed call, and the call that it is by itself.
 
