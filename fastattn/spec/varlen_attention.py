@@ -95,14 +95,14 @@ def check_packed(call: AttentionCall) -> None:
         TypeError: dtypes or devices do not fit.
     """
     assert call.starts_q is not None
-    starts = (call.starts_q, call.starts_k)
-    for name, tensor in zip(("starts_q", "starts_k"), starts, strict=True):
+    for name, tensor in (("starts_q", call.starts_q), ("starts_k", call.starts_k)):
         if tensor is None or tensor.dtype != torch.int64 or tensor.device != call.query.device:
             got = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
             raise TypeError(f"{name} must be int64 on query's device {call.query.device}, got {got}")
         if tensor.shape != call.starts_q.shape or tensor.dim() != 1 or len(tensor) < 2 or not tensor.is_contiguous():
             raise ValueError(
-                f"starts_q and starts_k must be contiguous [num_sequences + 1], got {[list(t.shape) for t in starts]}"
+                f"{name} must be contiguous [num_sequences + 1] like starts_q {list(call.starts_q.shape)}, "
+                f"got {list(tensor.shape)}"
             )
     longest, tokens = (call.longest_q, call.longest_k), (call.query.shape[2], call.key.shape[2])
     if call.query.shape[0] != 1 or not all(0 <= n <= most for n, most in zip(longest, tokens, strict=True)):

@@ -53,8 +53,8 @@ def _time(job: Job, context: Context, emit: Emit) -> None:
     for case in _cases(job, context):
         try:
             more, notes = _variants(case, dtype, context)
-            for who, note in notes.items():
-                emit({**_named(case, job), "who": who, "backend": "triton", "note": note})
+            for label, note in notes.items():
+                emit({**_named(case, job), "who": label, "backend": "triton", "note": note})
             lines = measure(replace(case, others={**case.others, **more}), dtype, settings)
         except Exception as problem:
             if context.device != "cpu":
