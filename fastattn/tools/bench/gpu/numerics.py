@@ -382,7 +382,8 @@ def _paged(job: Job, context: Context, emit: Emit) -> None:
             cache[hidden] = float("nan")
 
         def attend(tensors: Sequence[Tensor], backend: str, table: Tensor = table, lengths: Tensor = lengths) -> Any:
-            return fastattn.paged_attention(*tensors, table, lengths, backend=backend)
+            query, key_cache, value_cache = tensors
+            return fastattn.paged_attention(query, key_cache, value_cache, table, lengths, backend=backend)
 
         with torch.no_grad():
             found = attend([query, *caches], given["backend"])

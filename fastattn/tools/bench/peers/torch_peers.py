@@ -66,15 +66,13 @@ class TorchSdpa(Peer):
 
         def each(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             parts = zip(query.split(counts_q), key.split(counts_k), value.split(counts_k), strict=True)
-            outs = [
-                F.scaled_dot_product_attention(
-                    *(t.transpose(0, 1)[None] for t in part),
-                    is_causal=work.causal and len(part[0]) > 1,
-                    enable_gqa=work.grouped,
-                )
-                for part in parts
-            ]
-            return torch.cat([out[0].transpose(0, 1) for out in outs])
+            outs = []
+            for part in parts:
+                q, k, v = (t.transpose(0, 1)[None] for t in part)
+                causal = work.causal and len(part[0]) > 1
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=work.grouped)
+                outs.append(out[0].transpose(0, 1))
+            return torch.cat(outs)
 
         return timed(each, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
@@ -208,7 +206,7 @@ class TorchVarlen(Peer):
         return timed(run, work.tensors[1:])
 
 
-def _varlen() -> tuple[Callable[..., Tensor], set[str]]:
+def _varlen() -> tuple[Callable[..., Any], set[str]]:
     """Returns PyTorch's function, and the names of what it takes, which differ between versions."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -240,7 +238,7 @@ class TorchNested(Peer):
         causal = work.causal and work.longest[0] > 1
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            nested = (
+            q, k, v = (
                 torch.nested.nested_tensor_from_jagged(t, bounds, max_seqlen=longest).transpose(1, 2)
                 for t, bounds, longest in zip(
                     (query, key, value),
@@ -249,7 +247,7 @@ class TorchNested(Peer):
                     strict=True,
                 )
             )
-            return F.scaled_dot_product_attention(*nested, is_causal=causal).transpose(1, 2).values()
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).values()
 
         return timed(attend, work.tensors, work.dout, backward=work.backward, alone=work.alone)
 
