@@ -352,11 +352,15 @@ def _packed(job: Job, context: Context, emit: Emit) -> None:
             query, key, value = leaves
             out = fastattn.varlen_attention(query, key, value, *bounds, mask=masks.Causal(), backend=backend)
             assert isinstance(out, Tensor)
+            if context.tiny and len(key) > 256:
+                return [out.detach()]  # the interpreter takes a minute for the rest
             return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
         exact = answers([t.double() for t in tensors], "reference")
         error = max(relative(a, b) for a, b in zip(answers(tensors, given["backend"]), exact, strict=True))
         _judge(emit, given, "varlen_attention", row, error, TOLERANCE[torch.bfloat16], "against float64")
+        if context.tiny:
+            continue  # nothing runs at the same time in the interpreter
         once = partial(answers, backend=given["backend"])
         names, repeats = ["out", "dq", "dk", "dv"], context.repeats(200, 30)
         _repeat(once, tensors, names, repeats, {**given, "row": row}, "varlen_attention", emit)

@@ -121,6 +121,8 @@ def _row(family: str, row: str, shape: Any, at: int, *, quick: bool, tiny: bool)
     given |= {"directions": [_FORWARD, _BOTH, _BACKWARD], "compiled": not (quick or tiny)}
     if tiny:
         given["peers"] = ["torch SDPA", "torch eager"]
+    if tiny and family == "packed":
+        given["directions"] = [_FORWARD]
     importance = base + 0.05 * at
     if family == "softmax":
         for k, op in enumerate(_ROW_OPS):
