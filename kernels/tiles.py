@@ -199,9 +199,9 @@ DECODE: Table = {
         (2, 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1)),
         (2, 256): (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)),
         # A program waits for its keys while others multiply: registers for three of them are worth more than stages.
-        (4, 128): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-        (4, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-        (8, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+        (4, 128): (Tile(16, 32, 4, 1),),
+        (4, 256): (Tile(16, 16, 8, 1),),
+        (8, 256): (Tile(16, 16, 8, 1),),
     },
 }
 DECODE[90] = DECODE[100] = DECODE[80]
