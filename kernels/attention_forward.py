@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import decode, masking, packing, tiles
+from fastattn.kernels import decode, hopper, masking, packing, tiles
 from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.boxes import box
 from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision, start
@@ -237,6 +237,10 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     known = architecture(call.query.device)
 
     def begin(tile: Tile) -> None:
+        if hopper.serves(call, tile, known):
+            hopper.attention_fwd_hopper(call, out, lse, tile)
+            return
+        tile = hopper.plain(tile)
         blocks = cdiv(seq_len_q, tile.rows) * batch * num_heads_q
         grid = (min(blocks, _programs(tile, call.query.device)) if tile.persistent else blocks,)
         start((_attention_fwd_kernel, grid, _arguments(call, out, lse, tile, known), _options(call, tile)))

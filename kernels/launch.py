@@ -28,6 +28,7 @@ class Tile(NamedTuple):
             Kernels that have no descriptors take no notice of it.
         persistent: whether attention's forward has as many programs as run at once, each of which takes block after
             block. Other kernels take no notice of it.
+        specialised: whether ``hopper.py`` serves the calls that it can; only attention's forward takes notice of it.
     """
 
     rows: int
@@ -36,13 +37,15 @@ class Tile(NamedTuple):
     num_stages: int
     boxes: bool = True
     persistent: bool = False
+    specialised: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
-        return f"{tuple(self[:4])}{'' if self.boxes else ', pointers'}{', persistent' if self.persistent else ''}"
+        notes = {"pointers": not self.boxes, "persistent": self.persistent, "specialised": self.specialised}
+        return ", ".join([f"{tuple(self[:4])}", *(note for note, so in notes.items() if so)])
 
 
 class Configuration(NamedTuple):

@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.interpreter import is_interpreting
 
@@ -242,7 +241,7 @@ def _planned(recording: _Recording, tensors: list[Tensor], result: Any) -> _Plan
             return f"p[{at}] + {value.data_ptr() - every[at].data_ptr()}"
         if isinstance(value, tuple):
             return "(" + "".join(source(item) + ", " for item in value) + ")"
-        if isinstance(value, TensorDescriptor):
+        if hasattr(value, "block_shape"):  # a descriptor, Gluon's or not
             constants.append(_Box(value, 0))
             return f"box(c[{len(constants) - 1}], {source(value.base)})"
         constants.append(value)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from triton.runtime import driver  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn.backends.triton import TritonBackend  # noqa: E402
-from fastattn.kernels import replay  # noqa: E402
+from fastattn.kernels import replay, tiles  # noqa: E402
+from fastattn.kernels.launch import Tile  # noqa: E402
 from fastattn.masks import Causal, KeyLengths  # noqa: E402
 
 launched: list[tuple[tuple[int, ...], list[Any]]] = []
@@ -128,6 +130,10 @@ def calls() -> dict[str, tuple[list[torch.Tensor], Callable[..., Any]]]:
             [query, key, key, lengths],
             lambda q, k, v, n: fastattn.attention(q, k, v, mask=Causal() & KeyLengths(n)),
         ),
+        "attention for Hopper": (
+            [query, key, key],
+            lambda q, k, v: fastattn.attention(q, k, v, mask=Causal(), return_lse=True),
+        ),
         "decode": ([query[:, :, :1], key, key], fastattn.attention),
         "packed, a few queries": (
             [bfloat16(3, 4, 64), bfloat16(900, 2, 64), bfloat16(900, 2, 64)],
@@ -169,7 +175,9 @@ def replayed() -> None:
     for name, (inputs, function) in calls().items():
         replay.forget()
         found = []
-        with fastattn.use_backend("triton"):
+        tile = Tile(128, 128, 8, 2, specialised=True)
+        forced = tiles.using("forward", tile) if "Hopper" in name else nullcontext()
+        with forced, fastattn.use_backend("triton"):
             for at in range(replay.RECORDED + 1):
                 launched.clear()
                 result = function(*inputs)
@@ -178,7 +186,7 @@ def replayed() -> None:
                     # What is recorded has one tensor in place of two, and must not stay there.
                     for _ in range(replay.RECORDED):
                         function(*inputs[:-1], inputs[-2])
-        plans = [plan for plan in replay.plans() if plan]
+            plans = [plan for plan in replay.plans() if plan]
         pointers = {t.data_ptr() for t in inputs}
         good = same(found[0][0], found[-1][0], pointers) and found[0][1] == found[-1][1]
         print(name, len(plans), good, len(found[-1][0]), sep=" | ")

@@ -35,4 +35,5 @@ def test_what_is_replayed_is_what_was_launched():
     for call, plans, same, launches in lines:
         assert int(plans) >= 1, f"{call} is not replayed"
         assert same == "True", f"{call} is replayed as something else"
-        assert int(launches) >= 1, call
+        # For Hopper, what computes and what repairs.
+        assert int(launches) >= (2 if "Hopper" in call else 1), call

@@ -43,6 +43,7 @@ MODULES = (
     "embedding",
     "linear_cross_entropy_one_pass",
     "attention_forward",
+    "hopper",
     "decode",
     "attention_backward",
     "attention_bias_backward",

@@ -80,3 +80,18 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return value
+
+
+def with_tile(kind: Callable[[Job, Context, Emit], None]) -> Callable[[Job, Context, Emit], None]:
+    """Returns a kind of job whose parameter "tile", if it has one, every forward of attention takes."""
+
+    def run(job: Job, context: Context, emit: Emit) -> None:
+        if "tile" not in job.parameters:
+            return kind(job, context, emit)
+        from fastattn.kernels import launch, tiles
+
+        tile = launch.Tile._make(job.parameters["tile"])
+        with tiles.using("forward", tile):
+            kind(job, context, lambda line: emit({**line, "row": f"{line['row']} {tile}"}))
+
+    return run

@@ -20,7 +20,7 @@ from fastattn.reference.philox import keep_mask
 from fastattn.spec.checks import draw_dropout_state
 from fastattn.tools import op_cases, row_cases
 from fastattn.tools.bench.case import Draw, relative
-from fastattn.tools.bench.gpu.jobs import Context, Emit, Job
+from fastattn.tools.bench.gpu.jobs import Context, Emit, Job, with_tile
 from fastattn.tools.bench.measuring import TOLERANCE
 from fastattn.tools.op_case import OpCase
 from fastattn.tools.verify_ops import check
@@ -295,17 +295,21 @@ def _poison(job: Job, context: Context, emit: Emit) -> None:
         lengths = torch.tensor([keys * 2 // 3, keys // 5], device=context.device)
         allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=context.device)
         allowed[..., keys // 7 :: 5] = False
-        mask = masks.KeyLengths(lengths) & masks.Dense(allowed)
+        # Kernels that a tile asks for may serve neither.
+        served = 3 if "tile" in given else 4
+        mask = masks.KeyLengths(lengths) if served == 3 else masks.KeyLengths(lengths) & masks.Dense(allowed)
         hidden = torch.arange(keys, device=context.device) >= lengths[:, None]
         dirty = [t.clone() for t in clean]
         for tensor in dirty[1:]:
             tensor[hidden[:, None].expand(-1, heads, -1)] = float("nan")
-            tensor[:, :, keys // 7 :: 5] = float("inf")
+            if served == 4:
+                tensor[:, :, keys // 7 :: 5] = float("inf")
         dirty_bias = bias.masked_fill(~allowed, float("nan"))
         answers = []
         for tensors in ([*clean, bias], [*dirty, dirty_bias]):
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            out = fastattn.attention(*leaves[:3], mask=mask, bias=leaves[3], backend=given["backend"])
+            leaves = [t.detach().requires_grad_() for t in tensors[:served]]
+            extra = leaves[3] if served == 4 else None
+            out = fastattn.attention(*leaves[:3], mask=mask, bias=extra, backend=given["backend"])
             assert isinstance(out, Tensor)
             answers.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
         # Of the gradients too: what is masked gets 0.
@@ -421,11 +425,11 @@ def _huge(job: Job, context: Context, emit: Emit) -> None:
 
 
 KINDS: dict[str, Callable[[Job, Context, Emit], None]] = {
-    "rule": _rule,
-    "races": _races,
+    "rule": with_tile(_rule),
+    "races": with_tile(_races),
     "row-races": _row_races,
     "dropout": _dropout,
-    "poison": _poison,
+    "poison": with_tile(_poison),
     "weights": _weights,
     "packed": _packed,
     "paged": _paged,

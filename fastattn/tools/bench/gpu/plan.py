@@ -73,9 +73,27 @@ def checks(backends: Sequence[str], *, quick: bool, tiny: bool) -> list[Job]:
             found.append(Job(f"races of {op} {backend}", "numerics", "row-races", given, importance=2.5))
         for kind in ("dropout", "poison", "weights", "packed", "paged"):
             found.append(Job(f"{kind} {backend}", "numerics", kind, {"backend": backend}, importance=2.0))
+        if backend == "triton" and not tiny:
+            found += _specialised()
         if not (quick or tiny):
             found.append(Job(f"huge {backend}", "numerics", "huge", {"backend": backend}, importance=4.0, limit=180.0))
     return found
+
+
+def _specialised() -> Iterator[Job]:
+    """Yields the checks of the kernel that ``hopper.py`` launches, which no table of tiles names before it is known to
+    pay; where it cannot run, they are the plain kernel's."""
+    from fastattn.kernels.launch import Tile
+
+    given: dict[str, Any] = {"backend": "triton", "tile": list(Tile(128, 128, 8, 2, specialised=True))}
+    for row in ("d64-full", "d128-causal", "d128-gqa"):
+        name = f"races {row} triton specialised"
+        yield Job(name, "numerics", "races", {**given, "row": row}, importance=1.6, limit=180.0)
+    yield Job("poison triton specialised", "numerics", "poison", given, importance=2.0)
+    # Without a mask and causal, d64 and d128.
+    for index in (0, 1, 4, 5):
+        rule = {**given, "op": "large", "index": index, "dtype": "bfloat16"}
+        yield Job(f"large triton specialised #{index}", "numerics", "rule", rule, importance=1.7)
 
 
 def _rules(backend: str, *, quick: bool, tiny: bool) -> Iterator[Job]:

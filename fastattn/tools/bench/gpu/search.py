@@ -114,7 +114,7 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
         # Those of the table, then large tiles first: they are what was fast elsewhere.
         likely = sorted(
             known[own:],
-            key=lambda tile: (not tile.persistent, abs(tile.rows - 128), abs(tile.columns - 96), -tile.num_stages),
+            key=lambda t: (not (t.specialised or t.persistent), abs(t.rows - 128), abs(t.columns - 96), -t.num_stages),
         )
         found = [tuple(tile) for tile in (*known[:own], *likely)]
     return found[: 2 if tiny else _MOST // 2 if quick or search.table in _LESS else _MOST]
