@@ -108,10 +108,17 @@ def attention_weights(
         backend=_dispatch.resolve(backend),
     )
     call = select_rows(select_heads(call, heads), rows)
-    # One column of values: attention's other result, the lse, is what is wanted.
-    _, lse = attend(call._replace(value=call.key[..., :1]))
-    result, indices = weigh(weights_call(call, lse, reduce, top_k, pool_size))
+    result, indices = weigh(weights_call(call, log_total(call), reduce, top_k, pool_size))
     return (result, indices) if reduce == "top_k" else result
+
+
+def log_total(call: AttentionCall) -> Tensor:
+    """Returns attention's lse, which takes no values: they are zeros here, one number for all of them.
+
+    Values that a mask hides may be NaN, and those make a backend go over the keys once more.
+    """
+    no_values = call.key.new_zeros(1).expand(*call.key.shape[:3], 1)
+    return attend(call._replace(value=no_values))[1]
 
 
 def weigh(call: WeightsCall) -> tuple[Tensor, Tensor]:

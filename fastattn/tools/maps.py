@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.backends.base import Backend
-from fastattn.ops.attention import attend
-from fastattn.ops.attention_weights import weigh
+from fastattn.ops.attention_weights import log_total, weigh
 from fastattn.spec.attention import AttentionCall
 from fastattn.spec.attention_weights import weights_call
 from fastattn.tools import maps_html
@@ -206,9 +205,8 @@ def _weights(call: AttentionCall) -> AttentionMap:
     shape = call.shape
     wide = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     query, key = call.query.to(wide), call.key.to(wide)
-    plain = call._replace(query=query, key=key, value=key[..., :1], dropout_state=None, dropout_p=0.0)
-    # One column of values: what is wanted is attention's other result, the lse.
-    _, lse = attend(plain)
+    plain = call._replace(query=query, key=key, value=key, dropout_state=None, dropout_p=0.0)
+    lse = log_total(plain)
     if shape.batch * shape.num_heads_q * shape.seq_len_q * shape.seq_len_k <= _WHOLE_ELEMENTS:
         weights, _ = weigh(weights_call(plain, lse, "none", None, 1))
         return AttentionMap(weights.float())
