@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -209,44 +208,6 @@ def test_a_query_of_the_decode_kernel_does_not_see_those_beside_it(isa, dtype):
         assert torch.equal(lse[:, head], alone[1][:, 0])
     exact, eager = ({"out": formula.attention(c)[0]} for c in (in_float64(call), call))
     assert_as_exact_as_eager({"out": out}, exact, eager)
-
-
-@pytest.mark.parametrize("heads", [1, 3, 8])
-def test_same_bits_at_every_thread_count(isa, heads):
-    generator = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(1, heads, 400, 32, generator=generator) for _ in range(3))
-    call = make_call(query, key, value, mask=masks.Causal(), dropout_p=0.2, generator=generator)
-    decode = make_call(query[:, :, :1], *(torch.randn(1, heads, 2000, 32, generator=generator) for _ in range(2)))
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 4, 2):
-            torch.set_num_threads(count)
-            out, lse = backend.attention(call)
-            found.append((out, lse, weights_of(call, lse), *backend.attention(decode)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def test_many_python_threads_at_once():
-    generator = torch.Generator().manual_seed(3)
-    calls = [make_call(*(torch.randn(2, 3, 200 + k, 24, generator=generator) for _ in range(3))) for k in range(4)]
-    expected = [backend.attention(call)[0] for call in calls]
-    wrong = []
-
-    def work(k):
-        for _ in range(10):
-            if not torch.equal(backend.attention(calls[k])[0], expected[k]):
-                wrong.append(k)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 def test_dropout_mask_is_the_reference_generator(isa):

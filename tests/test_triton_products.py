@@ -187,3 +187,13 @@ def test_memory():
             held += event.nbytes()
             peak = max(peak, held)
     assert 0 < peak - sum(g.nbytes for g in grads) < 2 * 32 * 600 * 4
+
+
+def test_the_loss_works_in_blocks_of_classes(monkeypatch):
+    """What the backward holds at a time is bounded, whatever the vocabulary."""
+    monkeypatch.setattr("fastattn.kernels.linear_cross_entropy.LOGITS_BYTES", 1)
+    from fastattn.kernels.linear_cross_entropy import class_blocks
+
+    target = torch.zeros(7, dtype=torch.int64)
+    call = LinearCrossEntropyCall(torch.zeros(7, 4), torch.zeros(600, 4), target, None, -100, 0.0, "mean", "triton")
+    assert [(block.start, block.stop) for block in class_blocks(call)] == [(0, 256), (256, 512), (512, 600)]

@@ -39,8 +39,9 @@ def test_addresses_outside_are_seen():
 
 
 def test_races_are_seen():
-    x = torch.arange(8.0)
-    with pytest.raises(AssertionError, match="read by one program and written by another"):
-        _shift_kernel[(2,)](x, x, 1, 8, SIZE=4)
+    x = torch.arange(9.0)
+    for out in (x, x[1:]):  # the one that reads comes first, or the one that writes
+        with pytest.raises(AssertionError, match="1 addresses are read by one program and written by another"):
+            _shift_kernel[(2,)](x, out, 1 if out is x else 0, 8, SIZE=4)
     with pytest.raises(AssertionError, match="1 addresses are written by more than one program"):
         _everybody_kernel[(2,)](x)
