@@ -47,6 +47,18 @@ LOGITS_BYTES = 1 << 27
 _FEW_PROGRAMS = 264
 
 
+def roomy_columns(classes: int) -> int:
+    """Returns the columns of a matrix of logits whose rows begin at 16 bytes, whatever the number of classes."""
+    return cdiv(classes, 16) * 16
+
+
+@triton.jit
+def roomy(classes):
+    """Returns :func:`roomy_columns`, of which the compiler knows that 16 divides it: rows that end elsewhere are moved
+    one element at a time."""
+    return tl.cdiv(classes, 16) * 16
+
+
 @triton.jit
 def tile_of_logits(
     hidden, hidden_box, weight, weight_box, bias, first_row, first_class, tokens, classes, depth,
@@ -212,7 +224,7 @@ def cross_entropy_gradients(
     Args:
         weight: Matrix [depth, classes] of a block of ``classes``, of which the first is number ``first_class``.
         lse: [tokens]; likewise ``scale``, the gradients of single losses.
-        dlogits: Matrix [tokens, classes].
+        dlogits: Matrix [tokens, roomy(classes)].
         bias_sums: [tiles of tokens, classes], sums of ``dlogits`` before they are rounded, or None.
         less: ``smoothing`` over the number of all classes.
 
@@ -236,7 +248,7 @@ def cross_entropy_gradients(
     if bias_sums is not None:
         to = bias_sums + (first_row // ROWS).to(tl.int64) * classes + column
         tl.store(to, tl.sum(grad, axis=0), mask=column < classes)
-    store(dlogits, first_row, first_column, tokens, classes, grad, ROWS, COLUMNS)
+    store(dlogits, first_row, first_column, tokens, roomy(classes), grad, ROWS, COLUMNS)
 
 
 def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tensor]:
@@ -364,7 +376,7 @@ def _dlogits(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient of a block of logits, and where ``summed`` its sums over tiles of tokens."""
     tokens, count = len(hidden), classes.stop - classes.start
-    dlogits = hidden.new_empty(tokens, count)
+    dlogits = hidden.new_empty(tokens, roomy_columns(count))
     sums: list[Tensor | None] = [None]
 
     def begin(tile: ProductTile) -> None:
@@ -373,7 +385,7 @@ def _dlogits(
         start(_gradients_launch(tile, call, hidden, target, lse, scale, classes, dlogits, sums[0]))
 
     launch("linear_cross_entropy_backward", product_tiles(hidden.device, hidden.dtype, tokens), begin)
-    return dlogits, sums[0]
+    return dlogits[:, :count], sums[0]
 
 
 def _gradients_launch(
@@ -388,7 +400,7 @@ def _gradients_launch(
     bias_sums: Tensor | None,
     known: int | None = None,
 ) -> Launch:
-    tokens, count = dlogits.shape
+    tokens, count = len(dlogits), classes.stop - classes.start
     known = architecture(hidden.device) if known is None else known
     bias = None if call.bias is None else call.bias[classes].contiguous()
     arguments = (

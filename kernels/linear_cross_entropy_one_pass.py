@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, run, start
-from fastattn.kernels.linear_cross_entropy import counted, join_launch, operands, tile_of_logits
+from fastattn.kernels.linear_cross_entropy import counted, join_launch, operands, roomy, roomy_columns, tile_of_logits
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
@@ -81,7 +81,7 @@ def cross_entropy_exponentials(
         weight: Matrix [depth, classes].
         bias: [classes], or None.
         target: int64 [tokens].
-        exponentials: Matrix [tokens, classes].
+        exponentials: Matrix [tokens, roomy(classes)].
         tops: [tiles of classes, tokens], the largest logit; likewise ``totals``, sums of the exponentials; ``sums`` of
             logits, or None; and ``picked``, the target's logit, or 0 in a tile that does not have it.
     """
@@ -103,7 +103,7 @@ def cross_entropy_exponentials(
     found = tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
     tl.store(tops + at, top, mask=inside)
     tl.store(totals + at, tl.sum(found, axis=1), mask=inside)
-    store(exponentials, first_row, first_column, tokens, classes, found, ROWS, COLUMNS)
+    store(exponentials, first_row, first_column, tokens, roomy(classes), found, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def cross_entropy_dlogits(
     Grid: tiles of classes, of all tokens' blocks one after another.
 
     Args:
-        logits: Matrix [tokens, classes] that :func:`cross_entropy_exponentials` wrote in tiles of COLUMNS.
+        logits: Matrix [tokens, roomy(classes)] that :func:`cross_entropy_exponentials` wrote in tiles of COLUMNS.
         lse: [tokens].
         scale: [1], the gradient of a single loss.
         bias_sums: [blocks of TOKENS tokens, classes], sums of what is written before it is rounded, or None.
@@ -151,13 +151,14 @@ def cross_entropy_dlogits(
         at = tile.to(tl.int64) * tokens + row
         below = tl.exp(tl.load(tops + at, mask=inside, other=0.0) - whole)
         to = logits.data + row.to(tl.int64)[:, None] * logits.row + column[None, :]
-        mask = inside[:, None] & (column < classes)[None, :]
+        # Past the last class there are zeros, and room for them.
+        mask = inside[:, None] & (column < roomy(classes))[None, :]
         grad = tl.load(to, mask=mask, other=0.0).to(dtype) * below[:, None]
         # The target's is made of its logit, whatever the exponentials are rounded to: it may cancel.
         chosen = tl.exp(tl.load(picked + at, mask=inside, other=0.0) - whole) - (1.0 - number(smoothing, dtype))
         grad = tl.where(column[None, :] == own[:, None], chosen[:, None], grad) - number(less, dtype)[:, None]
         # What is ignored may be NaN.
-        grad = tl.where((own != ignore_index)[:, None] & mask, grad * factor, 0.0)
+        grad = tl.where((own != ignore_index)[:, None] & (column < classes)[None, :], grad * factor, 0.0)
         tl.store(to, grad.to(logits.data.dtype.element_ty), mask=mask)
         if bias_sums is not None:
             total += grad
@@ -194,8 +195,7 @@ def linear_cross_entropy_one_pass(call: LinearCrossEntropyCall, needed: Sequence
     if call.reduction == "mean":
         scale /= counted(call)
     blocks = list(token_blocks(call))
-    # Rows that begin at 16 bytes, whatever the number of classes.
-    space = call.hidden.new_empty(blocks[0].stop, cdiv(classes, 16) * 16)
+    space = call.hidden.new_empty(blocks[0].stop, roomy_columns(classes))
     total, low = dbias, None
     if len(blocks) > 1 and dweight is not None and dweight.dtype == torch.bfloat16:
         low = torch.empty_like(dweight, dtype=torch.uint8)
@@ -205,8 +205,9 @@ def linear_cross_entropy_one_pass(call: LinearCrossEntropyCall, needed: Sequence
         target = whole_target[rows]
         # What is ignored does not exist: NaN there would reach weight's gradient as 0 * NaN.
         hidden = whole_hidden[rows].masked_fill((target == call.ignore_index)[:, None], 0.0)
-        dlogits = space[: len(hidden), :classes]
-        sums = _dlogits(call, hidden, target, dlogits, each[rows], lses[rows], scale, dbias is not None)
+        roomy_dlogits = space[: len(hidden)]
+        sums = _dlogits(call, hidden, target, roomy_dlogits, each[rows], lses[rows], scale, dbias is not None)
+        dlogits = roomy_dlogits[:, :classes]
         if dhidden is not None:
             product(dlogits, call.weight, dhidden.view(whole_hidden.shape)[rows])
         if dweight is not None:
@@ -223,7 +224,7 @@ def linear_cross_entropy_one_pass(call: LinearCrossEntropyCall, needed: Sequence
 
 def token_blocks(call: LinearCrossEntropyCall) -> Iterator[slice]:
     """Cuts the tokens into equal blocks whose logits have ``LOGITS_BYTES`` at most; multiples of ``LEAST_TOKENS``."""
-    tokens, bytes_each = call.num_tokens, cdiv(call.vocab_size, 16) * 16 * call.hidden.element_size()
+    tokens, bytes_each = call.num_tokens, roomy_columns(call.vocab_size) * call.hidden.element_size()
     most = max(LOGITS_BYTES // bytes_each // LEAST_TOKENS, 1) * LEAST_TOKENS
     step = cdiv(cdiv(tokens, cdiv(tokens, most)), LEAST_TOKENS) * LEAST_TOKENS
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
@@ -247,7 +248,7 @@ def _dlogits(
     summed: bool,
 ) -> Tensor | None:
     """Writes loss, lse and the gradient of the logits of a block of tokens; returns its sums over some tokens each."""
-    tokens, classes = dlogits.shape
+    tokens, classes = len(dlogits), call.vocab_size
     statistics: list[Tensor | None] = []
     columns = 0
 
@@ -274,7 +275,7 @@ def _exponentials_launch(
     statistics: Sequence[Tensor | None],
     known: int | None = None,
 ) -> Launch:
-    tokens, classes = exponentials.shape
+    tokens, classes = len(exponentials), call.vocab_size
     known = architecture(hidden.device) if known is None else known
     bias = None if call.bias is None else call.bias.contiguous()
     arguments = (
@@ -295,7 +296,7 @@ def _dlogits_launch(
     sums: Tensor | None,
     columns: int,
 ) -> Launch:
-    tokens, classes = dlogits.shape
+    tokens, classes = len(dlogits), call.vocab_size
     tops, _, _, picked = statistics
     smoothing = call.label_smoothing
     arguments = (
@@ -313,22 +314,23 @@ def _scale_launch(grad: Tensor, factor: Tensor) -> Launch:
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields the kernels with every tile of the table, with bias and smoothing."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for dtype, classes in ((half, 131072), (half, 50257), (single, 131072), (double, 131072)):
         hidden = torch.empty(1408, 4096, dtype=dtype, device="meta")
-        weight = torch.empty(131072, 4096, dtype=dtype, device="meta")
+        weight = torch.empty(classes, 4096, dtype=dtype, device="meta")
         target = torch.empty(1408, dtype=torch.int64, device="meta")
         lse = torch.empty(1408, dtype=lse_dtype(dtype), device="meta")
         call = LinearCrossEntropyCall(hidden, weight, target, weight[:, 0].contiguous(), -100, 0.1, "mean", "triton")
-        logits = torch.empty(1408, 131072, dtype=dtype, device="meta")
-        name = f"{dtype}".removeprefix("torch.")
+        logits = torch.empty(1408, roomy_columns(classes), dtype=dtype, device="meta")
+        name = f"{dtype}".removeprefix("torch.") + ("" if classes == 131072 else f", {classes} classes")
         for tile in configuration_tiles(architecture, dtype, 1):
-            statistics = [lse.new_empty(131072 // tile.columns, 1408)] * 4
+            statistics = [lse.new_empty(cdiv(classes, tile.columns), 1408)] * 4
             kernel, _, arguments, options = _exponentials_launch(
                 tile, call, hidden, target, logits, statistics, architecture
             )
             yield Configuration(f"cross entropy exponentials {name}", kernel, arguments, options)
             kernel, _, arguments, options = _dlogits_launch(
-                call, target, logits, lse, statistics, lse[:1], lse.new_empty(11, 131072), tile.columns
+                call, target, logits, lse, statistics, lse[:1], lse.new_empty(11, classes), tile.columns
             )
             yield Configuration(f"cross entropy gradients in place {name}", kernel, arguments, options)
         kernel, _, arguments, options = _scale_launch(weight, lse[:1])

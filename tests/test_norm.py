@@ -137,7 +137,6 @@ def test_rows_too_long_for_one_program_of_triton(rows, widths, rms, monkeypatch)
     """As if registers held 64 elements: rows of 64 are read once, and longer ones in chunks of 16."""
     norm = pytest.importorskip("fastattn.kernels.norm")
     monkeypatch.setattr("fastattn.kernels.rows.LONGEST", {4: 64, 8: 64})
-    monkeypatch.setattr(norm, "LONGEST", {4: 64, 8: 64})
     monkeypatch.setattr(norm, "_LONGEST_OWN", {4: 32, 8: 32})
     for columns in widths:
         tensors = inputs((rows,), (columns,), torch.float32, bias=not rms)
