@@ -5,13 +5,15 @@ joined in order.  Backward, the gradient of a block of logits is computed from l
 the weights is written once, that of the tokens added up over blocks in the accumulator's dtype.  Where the gradient of
 the loss need not be known (``linear_cross_entropy_one_pass.py``), the logits are not computed twice.
 
+Longer than 400 lines because the ways forward and backward are of the same tiles of logits.
+
 Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, section 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,6 +47,28 @@ from fastattn.spec.linear_cross_entropy import DIFFERENTIABLE, LinearCrossEntrop
 LOGITS_BYTES = 1 << 27
 # Programs of the forward below which a GPU is not full, and classes are shared out.
 _FEW_PROGRAMS = 264
+
+
+class Statistics(NamedTuple):
+    """What the loss is joined from, each [shares, tokens] in the accumulator's dtype.
+
+    Attributes:
+        tops: the largest logit of a share of the classes.
+        totals: sums of exponentials below it.
+        sums: of logits, or None where nothing is smoothed.
+        picked: the target's logit, or 0 in a share that does not have it.
+    """
+
+    tops: Any
+    totals: Any
+    sums: Any
+    picked: Any
+
+
+def empty_statistics(call: LinearCrossEntropyCall, like: Tensor, shares: int, tokens: int) -> Statistics:
+    """Returns statistics to be written, in the dtype of ``like``."""
+    tops, totals, sums, picked = (like.new_empty(shares, tokens) for _ in range(4))
+    return Statistics(tops, totals, sums if call.label_smoothing > 0.0 else None, picked)
 
 
 def roomy_columns(classes: int) -> int:
@@ -83,10 +107,7 @@ def cross_entropy_shares(
     weight_box,
     bias,
     target,
-    tops,
-    totals,
-    sums,
-    picked,
+    statistics,
     tokens,
     classes,
     depth,
@@ -106,8 +127,7 @@ def cross_entropy_shares(
         weight: Matrix [depth, classes].
         bias: [classes], or None.
         target: int64 [tokens].
-        tops: [shares, tokens], the largest logit; likewise ``totals``, sums of exponentials below it; ``sums`` of
-            logits, or None; and ``picked``, the target's logit, or 0 in a share that does not have it.
+        statistics: :class:`Statistics`.
         share: classes of a share, in multiples of COLUMNS.
     """
     first_row = tl.program_id(0) * ROWS
@@ -131,23 +151,20 @@ def cross_entropy_shares(
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         top = now
         found += tl.sum(tl.where(column[None, :] == own[:, None], logits, 0.0), axis=1)
-        if sums is not None:
+        if statistics.sums is not None:
             plain += tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1)
     at = tl.program_id(1).to(tl.int64) * tokens + row
-    tl.store(tops + at, top, mask=row < tokens)
-    tl.store(totals + at, total, mask=row < tokens)
-    tl.store(picked + at, found, mask=row < tokens)
-    if sums is not None:
-        tl.store(sums + at, plain, mask=row < tokens)
+    tl.store(statistics.tops + at, top, mask=row < tokens)
+    tl.store(statistics.totals + at, total, mask=row < tokens)
+    tl.store(statistics.picked + at, found, mask=row < tokens)
+    if statistics.sums is not None:
+        tl.store(statistics.sums + at, plain, mask=row < tokens)
 
 
 @triton.jit
 def cross_entropy_join(
     target,
-    tops,
-    totals,
-    sums,
-    picked,
+    statistics,
     loss,
     lse,
     tokens,
@@ -173,18 +190,18 @@ def cross_entropy_join(
         share = first + tl.arange(0, SHARES)
         here = (share < shares)[:, None] & inside[None, :]
         at = share.to(tl.int64)[:, None] * tokens + row[None, :]
-        share_tops = tl.load(tops + at, mask=here, other=float("-inf"))
+        share_tops = tl.load(statistics.tops + at, mask=here, other=float("-inf"))
         now = tl.maximum(top, tl.max(share_tops, axis=0))
         shift = tl.where(now == float("-inf"), 0.0, now)
-        share_totals = tl.load(totals + at, mask=here, other=0.0) * tl.exp(share_tops - shift[None, :])
+        share_totals = tl.load(statistics.totals + at, mask=here, other=0.0) * tl.exp(share_tops - shift[None, :])
         total = total * tl.exp(top - shift) + tl.sum(share_totals, axis=0)
         top = now
-        own += tl.sum(tl.load(picked + at, mask=here, other=0.0), axis=0)
-        if sums is not None:
-            plain += tl.sum(tl.load(sums + at, mask=here, other=0.0), axis=0)
+        own += tl.sum(tl.load(statistics.picked + at, mask=here, other=0.0), axis=0)
+        if statistics.sums is not None:
+            plain += tl.sum(tl.load(statistics.sums + at, mask=here, other=0.0), axis=0)
     whole = tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
     found = whole - own
-    if sums is not None:
+    if statistics.sums is not None:
         s = number(smoothing, dtype)
         found = (1.0 - s) * found + s * (whole - plain / number(classes, dtype))
     counted = tl.load(target + row, mask=inside, other=0) != ignore_index
@@ -258,16 +275,15 @@ def linear_cross_entropy_fwd(call: LinearCrossEntropyCall) -> tuple[Tensor, Tens
     each = torch.empty_like(lse)
     if tokens:
         hidden, target = matrix(call.hidden, call.hidden.shape[-1]), call.target.reshape(-1).contiguous()
-        statistics: list[Tensor | None] = []
+        found: list[Statistics] = []
 
         def begin(tile: ProductTile) -> None:
-            shares = _shares(tile, tokens, call.vocab_size)[1]
-            made = [torch.empty(shares, tokens, dtype=lse.dtype, device=lse.device) for _ in range(4)]
-            statistics[:] = [*made[:2], made[2] if call.label_smoothing > 0.0 else None, made[3]]
+            statistics = empty_statistics(call, lse, _shares(tile, tokens, call.vocab_size)[1], tokens)
+            found[:] = [statistics]
             start(_shares_launch(tile, call, hidden, target, statistics))
 
         launch("linear_cross_entropy", product_tiles(hidden.device, hidden.dtype, tokens, 2), begin)
-        run(join_launch(call, target, statistics, each, lse))
+        run(join_launch(call, target, found[0], each, lse))
     if call.reduction == "none":
         return each, lse
     total = sum_rows(each.view(-1, 1), each.dtype)[0] if tokens else each.sum()
@@ -340,7 +356,7 @@ def _shares_launch(
     call: LinearCrossEntropyCall,
     hidden: Tensor,
     target: Tensor,
-    statistics: Sequence[Tensor | None],
+    statistics: Statistics,
     known: int | None = None,
 ) -> Launch:
     tokens, classes = len(hidden), call.vocab_size
@@ -348,19 +364,19 @@ def _shares_launch(
     share, shares = _shares(tile, tokens, classes)
     bias = None if call.bias is None else call.bias.contiguous()
     arguments = (
-        *operands(tile, hidden, call.weight, known), bias, target, *statistics, tokens, classes, hidden.shape[1], share,
+        *operands(tile, hidden, call.weight, known), bias, target, statistics, tokens, classes, hidden.shape[1], share,
     )  # fmt: skip
     grid = cdiv(tokens, tile.rows), shares
     return cross_entropy_shares, grid, arguments, {"PRECISION": precision(), **tile.options}
 
 
 def join_launch(
-    call: LinearCrossEntropyCall, target: Tensor, statistics: Sequence[Tensor | None], loss: Tensor, lse: Tensor
+    call: LinearCrossEntropyCall, target: Tensor, statistics: Statistics, loss: Tensor, lse: Tensor
 ) -> Launch:
-    tokens, tops = len(target), statistics[0]
-    assert tops is not None
+    tokens = len(target)
     arguments = (
-        target, *statistics, loss, lse, tokens, call.vocab_size, len(tops), call.ignore_index, call.label_smoothing,
+        target, statistics, loss, lse, tokens, call.vocab_size, len(statistics.tops), call.ignore_index,
+        call.label_smoothing,
     )  # fmt: skip
     return cross_entropy_join, (cdiv(tokens, 16),), arguments, {"ROWS": 16, "SHARES": 32, "num_warps": 4}
 
@@ -424,7 +440,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         dlogits = torch.empty(4096, 8192, dtype=dtype, device="meta")
         name = f"{dtype}".removeprefix("torch.")
         for tile in configuration_tiles(architecture, dtype, 2):
-            statistics = [lse.new_empty(4, 4096)] * 4
+            statistics = empty_statistics(call, lse, 4, 4096)
             kernel, _, arguments, options = _shares_launch(tile, call, hidden, target, statistics, architecture)
             yield Configuration(f"cross entropy forward {name}", kernel, arguments, options)
         for tile in configuration_tiles(architecture, dtype, 1):

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, run, start
-from fastattn.kernels.linear_cross_entropy import counted, join_launch, operands, roomy, roomy_columns, tile_of_logits
+from fastattn.kernels.linear_cross_entropy import (
+    Statistics,
+    counted,
+    empty_statistics,
+    join_launch,
+    operands,
+    roomy,
+    roomy_columns,
+    tile_of_logits,
+)
 from fastattn.kernels.numbers import number
 from fastattn.kernels.product import (
     GROUP,
@@ -58,10 +67,7 @@ def cross_entropy_exponentials(
     bias,
     target,
     exponentials,
-    tops,
-    totals,
-    sums,
-    picked,
+    statistics,
     tokens,
     classes,
     depth,
@@ -82,8 +88,7 @@ def cross_entropy_exponentials(
         bias: [classes], or None.
         target: int64 [tokens].
         exponentials: Matrix [tokens, roomy(classes)].
-        tops: [tiles of classes, tokens], the largest logit; likewise ``totals``, sums of the exponentials; ``sums`` of
-            logits, or None; and ``picked``, the target's logit, or 0 in a tile that does not have it.
+        statistics: Statistics, of which each tile of classes is a share.
     """
     first_row, first_column = place(tl.program_id(0), tokens, classes, ROWS, COLUMNS, GROUP)
     logits = tile_of_logits(
@@ -96,13 +101,13 @@ def cross_entropy_exponentials(
     # As 32 bits: one that is ignored may be found by mistake, and counts as little as ever.
     own = (tl.load(target + row, mask=inside, other=-1) - first_column).to(tl.int32)
     here = tl.arange(0, COLUMNS)[None, :] == own[:, None]
-    tl.store(picked + at, tl.sum(tl.where(here, logits, 0.0), axis=1), mask=inside)
-    if sums is not None:
-        tl.store(sums + at, tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1), mask=inside)
+    tl.store(statistics.picked + at, tl.sum(tl.where(here, logits, 0.0), axis=1), mask=inside)
+    if statistics.sums is not None:
+        tl.store(statistics.sums + at, tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1), mask=inside)
     top = tl.max(logits, axis=1)
     found = tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    tl.store(tops + at, top, mask=inside)
-    tl.store(totals + at, tl.sum(found, axis=1), mask=inside)
+    tl.store(statistics.tops + at, top, mask=inside)
+    tl.store(statistics.totals + at, tl.sum(found, axis=1), mask=inside)
     store(exponentials, first_row, first_column, tokens, roomy(classes), found, ROWS, COLUMNS)
 
 
@@ -111,8 +116,7 @@ def cross_entropy_dlogits(
     logits,
     target,
     lse,
-    tops,
-    picked,
+    statistics,
     scale,
     bias_sums,
     tokens,
@@ -149,13 +153,15 @@ def cross_entropy_dlogits(
         own = tl.load(target + row, mask=inside, other=ignore_index)
         whole = tl.load(lse + row, mask=inside, other=0.0)
         at = tile.to(tl.int64) * tokens + row
-        below = tl.exp(tl.load(tops + at, mask=inside, other=0.0) - whole)
+        below = tl.exp(tl.load(statistics.tops + at, mask=inside, other=0.0) - whole)
         to = logits.data + row.to(tl.int64)[:, None] * logits.row + column[None, :]
         # Past the last class there are zeros, and room for them.
         mask = inside[:, None] & (column < roomy(classes))[None, :]
         grad = tl.load(to, mask=mask, other=0.0).to(dtype) * below[:, None]
         # The target's is made of its logit, whatever the exponentials are rounded to: it may cancel.
-        chosen = tl.exp(tl.load(picked + at, mask=inside, other=0.0) - whole) - (1.0 - number(smoothing, dtype))
+        chosen = tl.exp(tl.load(statistics.picked + at, mask=inside, other=0.0) - whole) - (
+            1.0 - number(smoothing, dtype)
+        )
         grad = tl.where(column[None, :] == own[:, None], chosen[:, None], grad) - number(less, dtype)[:, None]
         # What is ignored may be NaN.
         grad = tl.where((own != ignore_index)[:, None] & (column < classes)[None, :], grad * factor, 0.0)
@@ -249,17 +255,15 @@ def _dlogits(
 ) -> Tensor | None:
     """Writes loss, lse and the gradient of the logits of a block of tokens; returns its sums over some tokens each."""
     tokens, classes = len(dlogits), call.vocab_size
-    statistics: list[Tensor | None] = []
-    columns = 0
+    found: list[tuple[Statistics, int]] = []
 
     def begin(tile: ProductTile) -> None:
-        nonlocal columns
-        columns = tile.columns
-        made = [lse.new_empty(cdiv(classes, columns), tokens) for _ in range(4)]
-        statistics[:] = [*made[:2], made[2] if call.label_smoothing > 0.0 else None, made[3]]
+        statistics = empty_statistics(call, lse, cdiv(classes, tile.columns), tokens)
+        found[:] = [(statistics, tile.columns)]
         start(_exponentials_launch(tile, call, hidden, target, dlogits, statistics))
 
     launch("linear_cross_entropy", product_tiles(hidden.device, hidden.dtype, tokens), begin)
+    statistics, columns = found[0]
     run(join_launch(call, target, statistics, loss, lse))
     sums = lse.new_empty(cdiv(tokens, _TOKENS), classes) if summed else None
     run(_dlogits_launch(call, target, dlogits, lse, statistics, scale, sums, columns))
@@ -272,14 +276,14 @@ def _exponentials_launch(
     hidden: Tensor,
     target: Tensor,
     exponentials: Tensor,
-    statistics: Sequence[Tensor | None],
+    statistics: Statistics,
     known: int | None = None,
 ) -> Launch:
     tokens, classes = len(exponentials), call.vocab_size
     known = architecture(hidden.device) if known is None else known
     bias = None if call.bias is None else call.bias.contiguous()
     arguments = (
-        *operands(tile, hidden, call.weight, known), bias, target, strided(exponentials), *statistics, tokens, classes,
+        *operands(tile, hidden, call.weight, known), bias, target, strided(exponentials), statistics, tokens, classes,
         hidden.shape[1],
     )  # fmt: skip
     options = {"PRECISION": precision(), "GROUP": GROUP, **tile.options}
@@ -291,16 +295,15 @@ def _dlogits_launch(
     target: Tensor,
     dlogits: Tensor,
     lse: Tensor,
-    statistics: Sequence[Tensor | None],
+    statistics: Statistics,
     scale: Tensor,
     sums: Tensor | None,
     columns: int,
 ) -> Launch:
     tokens, classes = len(dlogits), call.vocab_size
-    tops, _, _, picked = statistics
     smoothing = call.label_smoothing
     arguments = (
-        strided(dlogits), target, lse, tops, picked, scale, sums, tokens, classes, call.ignore_index, smoothing,
+        strided(dlogits), target, lse, statistics, scale, sums, tokens, classes, call.ignore_index, smoothing,
         smoothing / call.vocab_size,
     )  # fmt: skip
     options = {"TOKENS": _TOKENS, "ROWS": _STEP, "COLUMNS": columns, "num_warps": 4}
@@ -324,7 +327,7 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         logits = torch.empty(1408, roomy_columns(classes), dtype=dtype, device="meta")
         name = f"{dtype}".removeprefix("torch.") + ("" if classes == 131072 else f", {classes} classes")
         for tile in configuration_tiles(architecture, dtype, 1):
-            statistics = [lse.new_empty(cdiv(classes, tile.columns), 1408)] * 4
+            statistics = empty_statistics(call, lse, cdiv(classes, tile.columns), 1408)
             kernel, _, arguments, options = _exponentials_launch(
                 tile, call, hidden, target, logits, statistics, architecture
             )

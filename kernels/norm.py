@@ -1,11 +1,12 @@
 """Layer norm and rms norm of rows of any length, with a residual, forward and backward.
 
-A row that fits is read once; a longer one in chunks, whose means and squared deviations are joined exactly, and once
-more to be written.  Gradients of parameters are sums over rows: a program adds up a block of rows, and ``sums.py`` adds
-up the blocks.
+A row that fits is read once; a longer one in chunks, and once more to be written.  Gradients of parameters are sums
+over rows: a program adds up a block of rows, and ``sums.py`` adds up the blocks.
+
+Longer than 400 lines because rows that fit and longer ones, forward and backward, share every step.
 
 Source: Ba, Kiros and Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer Normalization",
-2019; Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+2019; Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, for shifted sums.
 """
 
 from __future__ import annotations

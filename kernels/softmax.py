@@ -4,6 +4,8 @@ Shapes: every tensor is a View of [batch, heads, rows, columns], of which ``colu
 runs over.  A row that fits is read once; a longer one is read in chunks, a second time backwards, so that what was read
 last is still in the cache, and where there are too few rows for a GPU several programs share each.
 
+Longer than 400 lines because rows that fit and longer ones, forward and backward, share every step.
+
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
 """
 
