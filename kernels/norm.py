@@ -306,6 +306,7 @@ def norm_backward(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Writes the gradients of a block of rows, and its share of the gradients of weight and bias.
 
@@ -315,6 +316,7 @@ def norm_backward(
         dinput: View, or of no data; ``dtotal`` is added to it.
         dweight: [blocks, columns], or None; likewise ``dbias``.
         STEP: from one row of a block to the next, such that all begin as far from 16 bytes.
+        STAGES: tiles of rows on their way.
 
     The others are those of :func:`norm_forward`.
     """
@@ -327,16 +329,24 @@ def norm_backward(
     if UNIT == ANYWHERE:
         edge_weight_sum = tl.zeros([ROWS, max(16, COLUMNS // 8)], dtype)
         edge_bias_sum = tl.zeros([ROWS, max(16, COLUMNS // 8)], dtype)
-    for start in range(begin, end, ROWS * STEP):
+    # The same for all rows, which begin alike.
+    held, edge_held = None, None
+    if weight is not None:
+        held = _parameter(weight, x, begin + tl.zeros([1], tl.int64), at, columns, UNIT, dtype, False)
+        if UNIT == ANYWHERE:
+            edge_held = _parameter(weight, x, begin + tl.zeros([1], tl.int64), at, columns, UNIT, dtype, True)
+    for start in tl.range(begin, end, ROWS * STEP, num_stages=STAGES):
         row = start + STEP * tl.arange(0, ROWS).to(tl.int64)
         mean_here, factor = _statistics(mean, rstd, row, end)
         if UNIT == ANYWHERE:
             edge = _normalised(x, mean_here, factor, row, at, end, columns, UNIT, dtype, True)
-            edge_grad, edge_weighted = _weighted(dout, weight, row, at, end, columns, UNIT, dtype, True)
+            edge_grad, _ = _load(dout, row, at, end, columns, UNIT, dtype, True, False)
+            edge_weighted = edge_grad if edge_held is None else edge_grad * edge_held
             edge_weight_sum += edge_grad * edge
             edge_bias_sum += edge_grad
         normed = _normalised(x, mean_here, factor, row, at, end, columns, UNIT, dtype)
-        grad, weighted = _weighted(dout, weight, row, at, end, columns, UNIT, dtype)
+        grad = _load(dout, row, at, end, columns, UNIT, dtype, False, False)[0]
+        weighted = grad if held is None else grad * held
         if dweight is not None:
             weight_sum += grad * normed
         if dbias is not None:
@@ -563,7 +573,10 @@ def backward_launches(
         divisor, tile_rows = _few_rows(divisor, tile_rows)
         apart, share = _apart(divisor, rows, blocks)
         arguments = (x, weight, mean, rstd, dout, dtotal, to, dweight, dbias, rows, columns, share)
-        options |= {**apart, "ROWS": tile_rows, "COLUMNS": tile_columns}
+        read = sum(t.element_size() for t in (x.data, dout.data, dtotal.data) if t is not None)
+        # One or two programs a multiprocessor: 48 KB on their way to each, or a tile.
+        stages = max(2, min(5, 1 + (48 << 10) // (tile_rows * tile_columns * read)))
+        options |= {**apart, "ROWS": tile_rows, "COLUMNS": tile_columns, "STAGES": stages}
         elements = tile_rows * tile_columns * (1 if options["UNIT"] == ANYWHERE.value else 2)
         return [(norm_backward, (blocks,), arguments, {**options, "num_warps": warps(elements)})]
     launches: list[Launch] = []
