@@ -45,6 +45,9 @@ from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
 
 # Longest row whose parameters' gradients a program keeps in registers beside the row, for 4 and for 8 bytes.
 _LONGEST_OWN = {4: 8192, 8: 4096}
+# Rows that begin anywhere come alone, because the weights of each lie differently; shorter ones, of which a tile has more
+# than these, move fewer bytes at a time instead.
+_FEW_ROWS = 2
 
 
 @triton.jit
@@ -511,20 +514,13 @@ def forward_launch(call: NormCall, out: Tensor, total: Tensor, mean: Tensor, rst
     read = sum(t.element_size() for t in (x.data, residual.data, weight, bias) if t is not None)
     tile_rows, tile_columns = row_tile(rows, columns, rstd.element_size(), tensors=tensors, moved=read)
     arguments = (x, residual, weight, bias, *to, mean, rstd, rows, columns, call.eps)
-    options: dict[str, Any] = {"RMS": call.rms, "UNIT": unit((x, residual, *to), columns)}
+    divisor = unit((x, residual, *to), columns, tile_rows <= _FEW_ROWS)
+    options: dict[str, Any] = {"RMS": call.rms, "UNIT": divisor}
     if tile_columns < columns:
         return norm_forward_long, (rows,), arguments, {**options, **long_options(columns, tile_columns, read)}
-    options["UNIT"], tile_rows = _few_rows(options["UNIT"], tile_rows)
+    tile_rows = 1 if divisor == ANYWHERE.value else tile_rows
     options |= {"ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": warps(tile_rows * tile_columns)}
     return norm_forward, (-(-rows // tile_rows),), arguments, options
-
-
-def _few_rows(divisor: int, tile_rows: int) -> tuple[int, int]:
-    """Returns the unit and the rows of a tile: rows that begin anywhere come alone, because the weights of each lie
-    differently, and short rows, several in a tile, move an element at a time instead."""
-    if divisor != ANYWHERE.value:
-        return divisor, tile_rows
-    return (divisor, 1) if tile_rows <= 2 else (1, tile_rows)
 
 
 def _view(tensor: Tensor | None, columns: int) -> View:
@@ -566,11 +562,12 @@ def backward_launches(
     mean, rstd = None if call.rms else call.mean.contiguous(), call.rstd.contiguous()
     rows = rstd.numel()
     blocks = next((len(t) for t in (dweight, dbias) if t is not None), _blocks(rows))
-    divisor = unit((x, dout, dtotal, to), columns)
+    own = power_of_two(columns) <= _LONGEST_OWN[size]
+    tile_rows, tile_columns = row_tile(-(-rows // blocks), columns, size) if own else (1, 0)
+    divisor = unit((x, dout, dtotal, to), columns, tile_rows <= _FEW_ROWS)
     options = {"RMS": call.rms, "UNIT": divisor}
-    if power_of_two(columns) <= _LONGEST_OWN[size]:
-        tile_rows, tile_columns = row_tile(-(-rows // blocks), columns, size)
-        divisor, tile_rows = _few_rows(divisor, tile_rows)
+    if own:
+        tile_rows = 1 if divisor == ANYWHERE.value else tile_rows
         apart, share = _apart(divisor, rows, blocks)
         arguments = (x, weight, mean, rstd, dout, dtotal, to, dweight, dbias, rows, columns, share)
         read = sum(t.element_size() for t in (x.data, dout.data, dtotal.data) if t is not None)
@@ -583,14 +580,8 @@ def backward_launches(
     if dinput is not None:
         read = sum(t.element_size() for t in (x.data, dout.data, dtotal.data, weight) if t is not None)
         long = (x, weight, mean, rstd, dout, dtotal, to, rows, columns)
-        launches.append(
-            (
-                norm_backward_long,
-                (rows,),
-                long,
-                {**options, **long_options(columns, chunk_columns(size, 2, read), read)},
-            )
-        )
+        long_rows = long_options(columns, chunk_columns(size, 2, read), read)
+        launches.append((norm_backward_long, (rows,), long, {**options, **long_rows}))
     if dweight is not None or dbias is not None:
         apart, share = _apart(divisor, rows, blocks)
         parameters = (x, mean, rstd, dout, dweight, dbias, rows, columns, share)

@@ -158,16 +158,15 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def unit(views: Sequence[View], columns: int) -> int:
+def unit(views: Sequence[View], columns: int, anywhere: bool = True) -> int:
     """Returns what kernels are told of where rows begin.
 
     That is the largest power of two up to 8 that divides the rows' length and all their strides; 1 where columns are no
     neighbours, and where 16 divides them, of which the compiler finds out by itself; and ANYWHERE, where the rows of
-    all views are equally far from 16 bytes and what divides them would move fewer at a time.
+    all views are equally far from 16 bytes and what divides them would move fewer at a time, unless ``anywhere`` is not.
     """
     present = [v for v in views if v.data is not None]
-    numbers = [columns, *(stride for v in present for stride in v[1:4])]
-    found = math.gcd(*numbers, 16)
+    found = math.gcd(columns, *(stride for v in present for stride in v[1:4]), 16)
     if found == 16 or any(v.column != 1 for v in present):
         return 1
     group = _GROUP.value
@@ -176,7 +175,7 @@ def unit(views: Sequence[View], columns: int) -> int:
         v.data.data_ptr() % 16 == 0 and not any((a - b) % group for a, b in zip(v[1:4], first[1:4], strict=True))
         for v in present
     )
-    if alike and columns >= _LEAST_MIDDLE and found * first.data.element_size() < 16:
+    if anywhere and alike and columns >= _LEAST_MIDDLE and found * first.data.element_size() < 16:
         return ANYWHERE.value
     return found
 
