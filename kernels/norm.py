@@ -45,8 +45,8 @@ from fastattn.spec.norm import NormBackwardCall, NormCall, empty_outputs
 
 # Longest row whose parameters' gradients a program keeps in registers beside the row, for 4 and for 8 bytes.
 _LONGEST_OWN = {4: 8192, 8: 4096}
-# Rows that begin anywhere come alone, because the weights of each lie differently; shorter ones, of which a tile has more
-# than these, move fewer bytes at a time instead.
+# Rows that begin anywhere come alone, because the weights of each lie differently; shorter ones, of which a tile has
+# more than these, move fewer bytes at a time instead.
 _FEW_ROWS = 2
 
 

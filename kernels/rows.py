@@ -163,7 +163,7 @@ def unit(views: Sequence[View], columns: int, anywhere: bool = True) -> int:
 
     That is the largest power of two up to 8 that divides the rows' length and all their strides; 1 where columns are no
     neighbours, and where 16 divides them, of which the compiler finds out by itself; and ANYWHERE, where the rows of
-    all views are equally far from 16 bytes and what divides them would move fewer at a time, unless ``anywhere`` is not.
+    all views are equally far from 16 bytes and what divides them would move fewer at a time, if ``anywhere`` allows.
     """
     present = [v for v in views if v.data is not None]
     found = math.gcd(columns, *(stride for v in present for stride in v[1:4]), 16)
