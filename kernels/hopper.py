@@ -132,7 +132,8 @@ def configurations(architecture: int) -> Iterator[Configuration]:
                 if not serves(call, tile, architecture):
                     continue
                 for kernel, _, arguments, options in _launches(call, *empty_output(call), tile):
-                    title = f"{kernel.fn.__name__.removesuffix('_kernel').replace('_', ' ')} bfloat16 {dim} {name}"
+                    what = kernel.fn.__name__.removesuffix("_kernel").replace("_hopper", "").replace("_", " ")
+                    title = f"hopper {what} bfloat16 {dim} {name}"
                     # The repair is the same for any number of stages.
                     if (title, *options.values()) not in seen:
                         seen.add((title, *options.values()))
