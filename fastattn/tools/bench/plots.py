@@ -20,7 +20,7 @@ KINDS = ("#2f6db3", "#c65d21", "#3d8f4e", "#7a5195", "#b0851a", "#3aa0a0", "#a61
 _GUIDES = {1: (0, (1, 1)), 2: (0, (4, 3))}
 _WIDTH = 9.0  # inches
 _DPI = 110
-_BARS = ("attention", "feed_forward", "linear_cross_entropy", "softmax", "module", "decode", "model")
+_BARS = ("attention", "feed_forward", "linear_cross_entropy", "softmax", "module", "decode", "packed", "paged", "model")
 _TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 Line = dict[str, Any]
