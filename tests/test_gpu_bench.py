@@ -207,7 +207,9 @@ def test_the_plan_for_a_gpu(quick):
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_candidates_begin_with_what_the_table_holds(architecture):
     tiles = pytest.importorskip("fastattn.kernels.tiles")
-    assert {search.table for search in searches(quick=False, tiny=False)} == {*tiles.TABLES, "product"}
+    # No row of the grid computes attention weights.
+    reached = {search.table for search in searches(quick=False, tiny=False)}
+    assert reached == {*tiles.TABLES, "product"} - {"weights"}
     for search in searches(quick=False, tiny=False):
         assert isinstance(Search.of(json.loads(json.dumps(search.as_json()))), Search)
         found = candidates(search, architecture, quick=False, tiny=False)
