@@ -257,9 +257,12 @@ def _compiled_by_many(known: frozenset[str], limit: int, jobs: int) -> Iterator[
 def _compile_share(number: int, jobs: int, known: frozenset[str], limit: int, found: Any) -> None:
     """Puts the lines of every ``jobs``-th configuration that is not known into a queue, and None after the last."""
     at, seen = 0, set(known)
+    parent = multiprocessing.parent_process()
     try:
         for architecture in ARCHITECTURES:
             for configuration, current in configurations(architecture):
+                if parent is not None and not parent.is_alive():
+                    return  # it was interrupted: nobody reads on
                 if current in seen or at >= limit:
                     continue
                 if at % jobs == number:
