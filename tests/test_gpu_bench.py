@@ -374,6 +374,7 @@ def test_candidates_are_timed_beside_the_default_where_they_are_right(tmp_path, 
     records = [line("fastattn", 2.0), line("fastattn (made up)", 1.0), line("torch SDPA", 3.0)]
     (reached,) = targets.reached(records, {})
     assert reached.peer == "torch SDPA"
+    assert "d128-8k, forward, bfloat16: fastattn (made up) 2.00" in summary.text(records)
 
 
 def test_loss_rows_compute_the_loss():

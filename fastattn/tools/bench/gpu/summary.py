@@ -125,6 +125,14 @@ def _speed(records: Sequence[Record], limits: dict[str, float], rows: int) -> st
         parts.append(_table(["row", "direction", "dtype", "measured", "x best peer"], others[:rows]))
     elif others:
         parts.append(f"{len(others)} other rows are in results.jsonl.")
+    candidates = [
+        f"{row}, {direction}, {dtype}: {name} {group[OURS]['median_us'] / group[name]['median_us']:.2f}"
+        for (_, row, direction, dtype), group in groups.items()
+        for name in group
+        if OURS in group and name != OURS and name.startswith(OURS)
+    ]
+    if candidates:
+        parts.append(f"Candidates, x as fast as the default: {'; '.join(candidates[:rows])}.")
     return "\n\n".join(parts)
 
 
