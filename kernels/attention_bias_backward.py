@@ -294,5 +294,6 @@ def configurations(architecture: int) -> Iterator[Configuration]:
         yield Configuration(
             f"attention backward, diagonals {name}", _relative_bias_bwd_kernel, arguments, _options(call, tile)
         )
+        assert call.relative_bias is not None
         kernel, _, arguments, options = _sequences_launch(call, own, call.relative_bias)
         yield Configuration(f"attention backward, diagonals' sums {name}", kernel, arguments, options)

@@ -1,7 +1,8 @@
 """What one call of the benchmark computes, said so that fastattn and every peer can compute it.
 
 A call that is timed returns what the workload asks for: the output where ``backward`` is False, else a tuple of the
-gradients of :attr:`tensors`, in that order, for the gradient ``dout`` of the output.
+gradients of :attr:`tensors`, in that order, for the gradient ``dout`` of the output. The file is longer than others
+because it is a list of them.
 """
 
 from __future__ import annotations

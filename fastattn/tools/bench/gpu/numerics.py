@@ -1,4 +1,7 @@
-"""Whether the answers are right on this device: against float64, run after run, and whatever masked memory holds."""
+"""Whether the answers are right on this device: against float64, run after run, and whatever masked memory holds.
+
+The file is longer than others because it is a list: a kind of check after another.
+"""
 
 from __future__ import annotations
 
