@@ -3,8 +3,8 @@
 The queries of a group of heads are the rows of one tile, so that each key and value is read once. Each program writes
 what its share of the keys adds up to, and a second kernel adds up the shares of a query, in their order. The keys may
 lie in pages of a cache, which a table names for each batch entry; nothing else knows of pages than ``load_keys``.
-Queries and keys may be packed sequences, of which a program works on one (``packing.py``). The file is longer than others
-because all of these are calls of one kernel.
+Queries and keys may be packed sequences, of which a program works on one (``packing.py``). The file is longer than
+others because all of these are calls of one kernel.
 
 Source: Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient Memory
 Management for Large Language Model Serving with PagedAttention", 2023.
