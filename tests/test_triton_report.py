@@ -21,32 +21,38 @@ SPILLED = (
     ("100", "cross entropy gradients bfloat16", 120),
     # A few values beside the loops.
     ("80", "attention forward bfloat16 (64|128)", 16),
+    ("90", "attention forward bfloat16 128 packed causal", 8),
+    ("100", "attention forward bfloat16 128 everything", 8),
     ("100", "decode pages", 16),
     # A walk over blocks, of which a search may make use, holds what the next block needs beside the output.
     ("100", "attention forward bfloat16 128 causal .*persistent", 160),
     # The output alone takes half of the registers, and addresses of keys that come by pointers the rest.
-    ("", "attention forward bfloat16 256", 64),
+    ("", "attention forward bfloat16 256", 88),
     # Addresses of operands of 8 bytes, beside the loops and in the repair; of float32, a few values.
-    ("", "attention forward float(32|64)", 512),
+    ("", "attention forward float(32|64)", 240),
     # Of what softcap, dropout and a bias need at once; in float64 twice the registers.
     ("90", "decode_kernel bfloat16 64 packed everything", 48),
     ("100", "decode_kernel bfloat16 256 packed everything", 40),
     ("", "decode_kernel float32", 32),
     ("", "decode_kernel float64", 304),
     # Two sums take half of the registers, and these calls have a bias, softcap and dropout, or no boxes, too.
-    ("90", "attention backward, keys bfloat16 (64|128) (packed )?everything", 48),
-    ("90", "attention backward, keys bfloat16 256 packed causal", 32),
+    ("90", "attention backward, keys bfloat16 (64|128) (packed )?everything", 72),
+    ("80", "attention backward, keys bfloat16 256 packed causal", 8),
+    ("90", "attention backward, keys bfloat16 256 packed causal", 80),
     ("100", "attention backward, keys bfloat16", 24),
     # The four operands of a tile's two products go through registers at once.
     ("80", "attention backward, diagonals bfloat16 128", 8),
-    ("90", "attention backward, (bias|diagonals) bfloat16 256", 32),
-    ("100", "attention backward, (bias|diagonals) bfloat16", 136),
+    ("90", "attention backward, (bias|diagonals) bfloat16 256 everything", 32),
+    ("100", "attention backward, (bias|diagonals) bfloat16 256 everything", 136),
+    # Where a packed sequence lies, beside them.
+    ("90", "attention backward, diagonals bfloat16 128 packed", 32),
+    ("", "attention backward, diagonals bfloat16 256 packed", 208),
     # It nearly never runs.
     ("", "attention backward, repair bfloat16", 16),
     ("", "attention backward, repair float(32|64)", 2328),
     # As in the forward: on the plain cores, or with operands of 8 bytes, from registers.
     ("", r"attention (backward, (keys|queries|diagonals)|weights, \w+) float32", 48),
-    ("", r"attention (backward, (rows|keys|bias|diagonals)|weights, \w+) float64", 600),
+    ("", r"attention (backward, (rows|keys|queries|bias|diagonals)|weights, \w+) float64", 624),
 )
 
 # Kernels of 16 bits whose work is products, all of which run on matrix units.
