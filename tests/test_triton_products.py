@@ -198,7 +198,9 @@ def prompt_interpreter(monkeypatch):
 def test_memory():
     """Two blocks of logits' worth at most, besides the gradients: the logits of all tokens are ten."""
     (hidden, weight, bias), target = loss_inputs(tokens=320, vocab_size=600)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, acc_events=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         loss = fastattn.linear_cross_entropy(hidden, weight, target, bias=bias, backend="triton")
         grads = torch.autograd.grad(loss, [hidden, weight, bias])
     held, peak = 0, 0
