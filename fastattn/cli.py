@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
         "families",
         nargs="*",
         metavar="FAMILY",
-        help="attention, decode, packed, paged, softmax, feed_forward, linear_cross_entropy, rotary, embedding, module, "
-        "model, overhead, threads, scaling, or all (default)",
+        help="attention, decode, packed, paged, softmax, feed_forward, linear_cross_entropy, rotary, embedding, "
+        "module, model, overhead, threads, scaling, or all (default)",
     )
     bench.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     bench.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])

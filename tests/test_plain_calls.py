@@ -200,7 +200,7 @@ WATCHERS = {
     "dispatch mode": TorchDispatchMode,
     "function mode": _FunctionMode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "profiler": lambda: torch.profiler.profile(acc_events=True, activities=[torch.profiler.ProfilerActivity.CPU]),
     "forward mode": torch.autograd.forward_ad.dual_level,
     "functorch": _functorch,
 }

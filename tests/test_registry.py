@@ -84,7 +84,7 @@ def test_meta_tensors_compute_nothing():
 
 
 def test_profiler_sees_the_op():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(acc_events=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         _call()
     assert any(event.key == "fastattn::attention" for event in profile.key_averages())
 
