@@ -18,8 +18,17 @@ from torch import Tensor
 from fastattn.kernels import decode, hopper, masking, packing, tiles
 from fastattn.kernels.arguments import problem, view
 from fastattn.kernels.boxes import box
-from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision, start
-from fastattn.kernels.product import multiprocessors
+from fastattn.kernels.launch import (
+    Configuration,
+    Tile,
+    architecture,
+    cdiv,
+    launch,
+    multiprocessors,
+    padded,
+    precision,
+    start,
+)
 from fastattn.kernels.replay import replayed
 from fastattn.kernels.running import FEW, finish, folds, is_poisoned, over_seen_keys, over_tiles
 from fastattn.kernels.tile import LN_2, block_and_plane, load_rows, store_rows

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from fastattn.kernels import masking, packing, tiles
 from fastattn.kernels.arguments import View, problem, view
-from fastattn.kernels.launch import Configuration, Tile, architecture, cdiv, launch, padded, precision, start
+from fastattn.kernels.launch import (
+    Configuration,
+    Tile,
+    architecture,
+    cdiv,
+    launch,
+    multiprocessors,
+    padded,
+    precision,
+    start,
+)
 from fastattn.kernels.replay import replayed
 from fastattn.kernels.running import finish, folds, over_keys
 from fastattn.kernels.tile import LN_2
@@ -237,11 +247,9 @@ def _splits(call: AttentionCall) -> int:
         # As many sequences as there were if all had as many keys as the longest.
         batch = min(batch, cdiv(call.key.shape[2], seq_len_k))
     (rows, blocks), size = _blocks(call), call.key.element_size()
-    device = call.query.device
-    if device.type == "cuda":
-        processors, launch = torch.cuda.get_device_properties(device).multi_processor_count, _LAUNCH
-    else:
-        processors, launch = 8, 0
+    processors = multiprocessors(call.query.device)
+    # The interpreter has none to fill; as many as let a few keys be shared out.
+    processors, launch = (processors, _LAUNCH) if processors else (8, 0)
     # Sums are written and read, in float32 or wider; keys and values are read.
     sums, width = 2 * rows * max(size, 4), 2 * size
     programs = batch * call.key.shape[1] * blocks

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn.kernels import tiles
 from fastattn.kernels.arguments import mask, problem, view
 from fastattn.kernels.boxes import box
 from fastattn.kernels.interpreter import is_interpreting
-from fastattn.kernels.launch import Configuration, Tile, cdiv, padded, start
-from fastattn.kernels.product import multiprocessors
+from fastattn.kernels.launch import Configuration, Tile, cdiv, multiprocessors, padded, start
 from fastattn.kernels.replay import Launch
 from fastattn.kernels.running import folds
 from fastattn.spec.attention import AttentionCall, empty_output
@@ -122,8 +122,6 @@ def _gluon_box(tensor: Tensor, rows: int) -> Any:
 
 def configurations(architecture: int) -> Iterator[Configuration]:
     """Yields both kernels for calls with and without a band; none but for Hopper."""
-    from fastattn.kernels import tiles
-
     seen = set()
     for dim, choices in CHOICES.items():
         for name, call in tiles.example_calls(torch.bfloat16, dim):

@@ -122,6 +122,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns how many multiprocessors a GPU has; 0 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 

@@ -10,7 +10,6 @@ Longer than 400 lines because one tile of a product has many forms of fetching a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastattn.kernels import philox
 from fastattn.kernels.arguments import NO_DROPOUT, Dropout
 from fastattn.kernels.interpreter import is_interpreting
-from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, precision, start
+from fastattn.kernels.launch import Configuration, Launch, architecture, cdiv, launch, multiprocessors, precision, start
 from fastattn.kernels.numbers import empty_sum, number
 from fastattn.kernels.replay import replayed
 from fastattn.kernels.rows import matrix
@@ -522,12 +521,6 @@ def product_launch(
     if options["PERSISTENT"]:
         tiles = min(tiles, multiprocessors(a.device) or tiles)
     return product_kernel, (tiles,) if count == 1 else (tiles, count), arguments, options
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Returns how many multiprocessors a GPU has; 0 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @replayed

@@ -1,4 +1,4 @@
-"""Triton's interpreter, to the same bits in a third of the time.
+"""Triton's interpreter, to the same bits in less time.
 
 For tests, which wait for little else. Its time goes into describing values: each operation makes types and shapes
 anew and looks dtypes up in a dictionary built for that, the overflow of each sum is computed and reported to nobody,

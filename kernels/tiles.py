@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastattn.biases import Alibi
-from fastattn.kernels import hopper, replay
+from fastattn.kernels import replay
 from fastattn.kernels.launch import Tile, padded
 from fastattn.masks import Causal, KeyLengths
 from fastattn.spec.attention import AttentionCall, attention_call
@@ -259,8 +259,6 @@ def candidates(name: str, call: AttentionCall, architecture: int) -> Iterator[Ti
     yield from own
     if name.startswith("forward"):
         yield from (tile._replace(persistent=True) for tile in own)
-    if name == "forward":
-        yield from hopper.tiles_for(call, architecture)
     size, dim = call.query.element_size(), padded(max(call.query.shape[3], call.value.shape[3]))
     scores, sums = _ALIVE[name]
     known = max((a for a in _SHARED if a <= architecture), default=80)

@@ -15,6 +15,7 @@ from fastattn import cli
 from fastattn.backends.cpu import CpuBackend
 from fastattn.models import Seq2Seq, Seq2SeqConfig, g2p
 from fastattn.tools import demo, info, position_cases, row_cases, verify_cli, verify_ops
+from fastattn.tools.bench.families import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning", "ignore:enable_nested_tensor")
 
@@ -60,6 +61,9 @@ def test_help_names_every_command(capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0
+        if command == "bench":
+            named = capsys.readouterr().out
+            assert all(re.search(rf"\b{family}\b", named) for family in FAMILIES)
 
 
 @pytest.mark.parametrize("arguments", [[], ["danse"], ["bench", "--dtype", "int8"], ["demo", "--threads", "0"]])

@@ -17,8 +17,29 @@ if TYPE_CHECKING:
     from fastattn.models import Seq2Seq
 
 
+class _QueriesAndKeys:
+    """What workloads of queries, keys and values, whose dimension 1 is the heads, have in common."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.query, self.key, self.value]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share one of key and value."""
+        return self.query.shape[1] != self.key.shape[1]
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionWorkload:
+class AttentionWorkload(_QueriesAndKeys):
     """``softmax(query @ key^T / sqrt(head_dim)) @ value``.
 
     Attributes:
@@ -49,18 +70,9 @@ class AttentionWorkload:
     alone: bool = False
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
     def tensors(self) -> list[Tensor]:
         """What gets a gradient: query, key, value and, where there is one, the bias."""
         return [self.query, self.key, self.value, *([] if self.bias is None else [self.bias])]
-
-    @property
-    def grouped(self) -> bool:
-        """Whether several query heads share one of key and value."""
-        return self.query.shape[1] != self.key.shape[1]
 
     @property
     def only_causal(self) -> bool:
@@ -92,7 +104,7 @@ class AttentionWorkload:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeWorkload:
+class DecodeWorkload(_QueriesAndKeys):
     """One query a sequence against a cache of keys and values, all of which it sees; without gradients.
 
     Attributes:
@@ -106,21 +118,9 @@ class DecodeWorkload:
     key: Tensor
     value: Tensor
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.query, self.key, self.value]
-
-    @property
-    def grouped(self) -> bool:
-        return self.query.shape[1] != self.key.shape[1]
-
 
 @dataclass(frozen=True, eq=False)
-class PackedWorkload:
+class PackedWorkload(_QueriesAndKeys):
     """Attention within each of several sequences that are packed one after another.
 
     Attributes:
@@ -143,18 +143,6 @@ class PackedWorkload:
     causal: bool = False
     backward: bool = False
     alone: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.query, self.key, self.value]
-
-    @property
-    def grouped(self) -> bool:
-        return self.query.shape[1] != self.key.shape[1]
 
     @property
     def square(self) -> bool:

@@ -105,12 +105,13 @@ def candidates(search: Search, architecture: int, *, quick: bool, tiny: bool) ->
         # With what else a tile has by default, so that one which the table holds is known as such.
         found = [tuple(ProductTile(*tile)) for tile in made]
     else:
-        from fastattn.kernels import tiles
+        from fastattn.kernels import hopper, tiles
 
         query = torch.empty(1, 1, 16, search.key[1], dtype=torch.bfloat16)
         call = attention_call(query, query, query, backend="triton")
         own = len(tiles.choose(tiles.TABLES[search.table], call, architecture))
         known = list(tiles.candidates(search.table, call, architecture))
+        known += hopper.tiles_for(call, architecture) if search.table == "forward" else ()
         # Those of the table, then large tiles first: they are what was fast elsewhere.
         likely = sorted(
             known[own:],
